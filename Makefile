@@ -1,0 +1,67 @@
+# make run     train the shipped model by SFT, then by DPO, and show what changed (a few minutes, set-up included)
+# make test    everything that must hold: exports, clean notebooks, README, style, tests, each notebook on each framework
+# make lab     JupyterLab on the notebooks
+# make report  one table of all runs under runs/
+# make site    write README.md and the site's sidebar anew from the notebooks
+# make world   rebuild the shipped model (up to an hour)
+# make full    every notebook in full on both frameworks; its table is kept in results/
+# make clean   remove the environment and everything that was built or run
+
+PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
+            $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+LISTED := constraints.txt settings.ini setup.py pyproject.toml
+
+# Two CPU threads beside another busy process are far slower than one, so parallel work gets one each.
+ONE    := OMP_NUM_THREADS=1 REALIGN_THREADS=1
+
+# On Apple silicon the default framework is MLX; elsewhere it is torch. `make run` installs that one alone.
+FRAMEWORK := $(shell [ "$$(uname -s)-$$(uname -m)" = Darwin-arm64 ] && echo mlx || echo torch)
+
+.PHONY: help run test lab report site world full clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+$(BIN)/python:
+	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed: none of python3.11, python3.12, python3.13, python3 is"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Two stages: what a run needs, then what developing needs. Each stamp is older than its work only when a list changed.
+$(VENV)/run.stamp: $(BIN)/python $(LISTED)
+	@echo "Setting up $(VENV) for runs (once) …"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(FRAMEWORK),notebooks]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp
+	@echo "Setting up $(VENV) for development (once) …"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+run: $(VENV)/run.stamp
+	@$(BIN)/realign run quickstart
+
+test: $(VENV)/dev.stamp
+	@$(ONE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/check.py
+
+lab: $(VENV)/dev.stamp
+	$(BIN)/jupyter lab --notebook-dir nbs
+
+report: $(VENV)/run.stamp
+	@$(BIN)/realign report
+
+site: $(VENV)/dev.stamp
+	$(BIN)/python tools/site.py
+
+world: $(VENV)/dev.stamp
+	$(BIN)/python -m realign_core.tinyworld.build
+
+full: $(VENV)/dev.stamp
+	$(BIN)/realign run --all --backends torch mlx --out runs/full
+	$(BIN)/realign report runs/full --keep results/full
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info _proc _docs runs .pytest_cache .ruff_cache .hypothesis
+	find realign_core tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
