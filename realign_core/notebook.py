@@ -63,7 +63,7 @@ def peak_memory() -> float:
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
-# %% ../nbs/engine/11_runs.ipynb #b85dc711
+# %% ../nbs/engine/11_runs.ipynb #d71daedd
 @dataclass
 class Record:
     "What one run measured; written to metrics.json."
@@ -92,13 +92,18 @@ class Record:
         return f"{head}\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in self.rows())
 
 
-def interval_text(interval: dict | None, digits: int = 3) -> str:
-    "An interval as `0.120 [0.080, 0.160], n = 200`; empty when there is none."
+def interval_text(
+    interval: dict | None,  # with value, low, high, and perhaps n and unit
+    digits: int = 3,        # after the point
+) -> str:                   # empty when there is none
+    "An interval as `0.120 [0.080, 0.160], n = 200`; shares and changes of a share are shown times 100."
     if not interval:
         return ""
-    value, low, high = (math.nan if interval.get(k) is None else interval[k] for k in ("value", "low", "high"))
+    unit = interval.get("unit") or ""
+    scale, digits = (100, 1) if unit in ("%", "points") else (1, digits)
+    value, low, high = (math.nan if interval.get(k) is None else scale * interval[k] for k in ("value", "low", "high"))
     count = f", n = {interval['n']}" if interval.get("n") else ""
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]{count}"
+    return f"{value:.{digits}f}{' ' if unit else ''}{unit} [{low:.{digits}f}, {high:.{digits}f}]{count}"
 
 # %% ../nbs/engine/11_runs.ipynb #55b1b75e
 def _default_gates(effect: dict | None, control: dict | None) -> dict[str, bool]:

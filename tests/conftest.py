@@ -50,3 +50,15 @@ def _one_thread():
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     yield
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "seconds(n): expected running time, so that long tests can start first")
+
+
+def pytest_collection_modifyitems(items):
+    "Long tests first: two workers then finish at about the same time."
+    def seconds(item):
+        mark = item.get_closest_marker("seconds")
+        return mark.args[0] if mark else 0
+    items.sort(key=seconds, reverse=True)

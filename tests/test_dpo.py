@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from test_sft import on
+
 from realign_core.data.formats import read
 from realign_core.engine.encoding import Encoder
 from realign_core.engine.logprobs import finite_difference
 from realign_core.engine.policy import Batch
 from realign_core.errors import ReAlignError
 from realign_core.methods import dpo
-from test_sft import on
 
 rng = np.random.default_rng(0)
 P, T = 5, 9
@@ -54,9 +55,9 @@ def test_torch_float64_gradient_equals_finite_differences(name):
 
 def trl_loss(types, beta, smoothing, logps, ref, mask):
     "Loss, gradient and logged metrics of TRL's own DPOTrainer._compute_loss, its model replaced by the given log-probabilities."
-    import torch
     from collections import defaultdict
 
+    import torch
     from trl.trainer.dpo_trainer import DPOTrainer
     order = np.r_[0:2 * P:2, 1:2 * P:2]  # TRL stacks all chosen before all rejected
     leaf = torch.tensor(logps[order][:, 1:], dtype=torch.float32, requires_grad=True)

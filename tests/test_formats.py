@@ -6,6 +6,7 @@ import gzip
 import json
 
 import pytest
+
 from realign_core.data.formats import FORMATS, Messages, PromptCompletion, detect, read
 from realign_core.errors import DataError, ReAlignError
 
@@ -135,7 +136,8 @@ BAD_ROWS = {
     "a message is text": ("messages", {"messages": ["hello"]}, "messages[0]", "wrong type"),
     "unknown role": ("messages", {"messages": [{"role": "human", "content": "a"}, GOOD]}, "messages[0].role", "not allowed"),
     "message without content": ("messages", {"messages": [USER, {"role": "assistant"}]}, "messages[1].content", "missing"),
-    "empty assistant turn": ("messages", {"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1].content", "empty"),
+    "empty assistant turn": ("messages", {"messages": [USER, {"role": "assistant", "content": ""}]},
+                             "messages[1].content", "empty"),
     "nobody answers": ("messages", {"messages": [USER]}, "messages", "no assistant"),
     "late system message": ("messages", {"messages": [USER, {"role": "system", "content": "a"}, GOOD]}, "messages", "system"),
     "empty chosen turn": ("preference", {"prompt": [USER], "chosen": [{"role": "assistant", "content": ""}], "rejected": [BAD]},

@@ -102,7 +102,8 @@ def test_an_empty_mask_gives_zero_not_nan(backend):
 def test_the_mean_weighs_tokens_not_rows():
     logps, mask = np.array([[-1.0, -2, -3], [-4, 0, 0]]), np.array([[1, 1, 1], [1, 0, 0]], bool)
     assert lp.masked_mean(logps, mask) == -2.5
-    assert lp.sequence_logps(logps, mask).tolist() == [-6, -4] and lp.sequence_logps(logps, mask, average=True).tolist() == [-2, -4]
+    assert lp.sequence_logps(logps, mask).tolist() == [-6, -4]
+    assert lp.sequence_logps(logps, mask, average=True).tolist() == [-2, -4]
 
 
 def test_entropy_limits_and_ruled_out_tokens(backend):
@@ -137,6 +138,7 @@ def test_every_function_used_exists_in_all_three_namespaces():
     import mlx.core as mx
     import torch
     from array_api_compat import array_namespace
+
     from realign_core.methods import dpo, lora, sft
     used = {n for module in (lp, dpo, sft, lora) for n in re.findall(r"\bxp\.(\w+)", inspect.getsource(module))}
     assert "logaddexp" in used

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+
 from realign_core.errors import DataError
 from realign_core.evaluate.metrics import Interval, Table, accuracy, ask, bootstrap, kl, paired, proportion
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from realign_core.data.formats import parse, read
 from realign_core.engine.encoding import Encoder
 from realign_core.engine.logprobs import finite_difference
@@ -107,7 +108,8 @@ def test_all_formats_make_the_same_tokens_and_mask(record, tokenizer):
 
 
 def test_every_assistant_turn_of_a_conversation_is_a_target(tokenizer):
-    turns = [{"role": r, "content": c} for r, c in (("user", "One?"), ("assistant", "Yes."), ("user", "Two?"), ("assistant", "No."))]
+    turns = [{"role": r, "content": c} for r, c in (("user", "One?"), ("assistant", "Yes."),
+                                                        ("user", "Two?"), ("assistant", "No."))]
     sequence, = sft.encode(parse({"messages": turns}, "messages"), Encoder(tokenizer)).sequences
     assert answers(tokenizer, sequence) == "Yes.<|end|>No.<|end|>"
 
@@ -120,6 +122,7 @@ def test_records_are_registered_and_describe_themselves():
 
 def test_adapter_settings():
     assert lora.adapter(4).scale == lora.adapter(32).scale == 2.0
-    assert lora.adapter(targets="attention").targets == ("q_proj", "v_proj") and lora.adapter(targets=("o_proj",)).targets == ("o_proj",)
+    assert lora.adapter(targets="attention").targets == ("q_proj", "v_proj")
+    assert lora.adapter(targets=("o_proj",)).targets == ("o_proj",)
     with pytest.raises(Exception, match="unknown targets 'everything'; known are attention, all"):
         lora.adapter(targets="everything")

@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+
 from snapshots import FAMILIES, make_snapshot
 
 torch = pytest.importorskip("torch")
@@ -70,6 +71,14 @@ def plain_logps(folder, batch):
     return out * batch.mask
 
 
+def mlx_text(folder, prompt, tokens):
+    "Greedy continuation by plain mlx_lm."
+    mlx_lm, mx = pytest.importorskip("mlx_lm"), pytest.importorskip("mlx.core")
+    from mlx_lm.generate import generate_step
+    model, _ = mlx_lm.load(str(folder))
+    return [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=tokens)]
+
+
 # --- scoring ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("family", "tied"), KINDS)
@@ -100,6 +109,7 @@ def test_family_scores_steps_and_generates(snapshot, family, tied):
 def test_families_that_change_their_logits(tmp_path, family):
     "Soft-capped and rescaled logits are scored as the model itself would."
     from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
+
     from snapshots import make_tokenizer
     sizes = dict(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, max_position_embeddings=64, head_dim=8)
@@ -238,6 +248,21 @@ def test_generated_logps_equal_score(snapshot, family):
             assert np.abs(policy.score(Batch(ids, mask))[0, len(prompt):] - c.logps).max() <= 1e-4
             assert c.finished == (c.ids[-1] in policy.stops)
             assert c.text == policy.tokenizer.decode(c.ids, skip_special_tokens=True)
+
+
+def test_generation_with_a_sliding_window(snapshot, tmp_path):
+    "Prompts of different lengths, longer than the window: log-probabilities as scored, and as without company."
+    folder = shutil.copytree(snapshot("mistral"), tmp_path / "sliding")
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"sliding_window": 5}))
+    policy = open_policy(folder)
+    together = policy.generate(PROMPTS, n=2, max_tokens=9, seed=2)
+    assert [[c.ids for c in cs] for cs in together] == [
+        [c.ids for c in cs] for cs in policy.generate(PROMPTS, n=2, max_tokens=9, seed=2, batch_size=1)]
+    for prompt, cs in zip(PROMPTS, together, strict=True):
+        for c in cs:
+            ids = np.array([[*prompt, *c.ids]], dtype=np.int32)
+            logps = policy.score(Batch(ids, np.arange(ids.shape[1])[None] >= len(prompt)))[0, len(prompt):]
+            assert np.abs(logps - c.logps).max() <= 1e-4
 
 
 def test_samples_do_not_depend_on_the_batch(snapshot):
@@ -405,6 +430,7 @@ def test_fused_equals_adapted(snapshot, tmp_path, dora):
     assert [c[0].ids for c in policy.generate(PROMPTS, temperature=0, max_tokens=8)] == [c[0].ids for c in text]
     folder = policy.save(tmp_path / "fused")
     assert np.abs(plain_logps(folder, batch) - scores).max() <= 1e-4
+    assert all(mlx_text(folder, p, len(c.ids)) == list(c.ids) for p, (c,) in zip(PROMPTS, text, strict=True))
     policy.backward(batch, mean_loss)  # all weights train now
     assert len(policy.gradients()) > 10 and policy.step(1e-3) > 0
 
@@ -510,8 +536,9 @@ def test_bad_states_are_refused(snapshot, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [None, 2])
-def test_a_folder_that_cannot_be_written(snapshot, tmp_path, lora, monkeypatch):
-    "A file in the way, a read-only place, a full disk: OutputError, and nothing half-written."
+def test_a_folder_that_cannot_be_written(snapshot, tmp_path, lora):
+    "A file in the way, a place that takes no files, a disk that is full: OutputError, and nothing half-written."
+    resource = pytest.importorskip("resource")
     policy = open_policy(snapshot(), lora=lora)
     (tmp_path / "file").write_text("")
     for write in (policy.save, policy.save_state):
@@ -521,22 +548,14 @@ def test_a_folder_that_cannot_be_written(snapshot, tmp_path, lora, monkeypatch):
         if os.path.ismount("/proc"):
             with pytest.raises(OutputError):
                 write("/proc/realign")
-    if os.path.exists("/dev/full"):
-        policy.save(tmp_path / "small")
-        for write in (policy.save, policy.save_state):
-            import tempfile
-            real = tempfile.mkdtemp
-            def full(*args, **kwargs):
-                stage = real(*args, **kwargs)
-                for name in ("model.safetensors", "adapter_model.safetensors", "weights.safetensors"):
-                    os.symlink("/dev/full", os.path.join(stage, name))
-                return stage
-            monkeypatch.setattr(tempfile, "mkdtemp", full)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # every file fails after 2000 bytes, as on a full disk
+        try:
             with pytest.raises(OutputError):
                 write(tmp_path / "full")
-            monkeypatch.setattr(tempfile, "mkdtemp", real)
-            assert not (tmp_path / "full").exists()
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "small") == ["file"]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_bad_snapshots(snapshot, tmp_path):

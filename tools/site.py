@@ -1,14 +1,16 @@
-"""Makes README.md and the site's sidebar from the notebooks, without Quarto.
+"""Makes README.md and the site's pages from the notebooks: everything but Quarto's own part.
 
-    python tools/site.py           write them
-    python tools/site.py --check   fail when they are not what the notebooks say
+    python tools/site.py           write README.md, nbs/sidebar.yml and the pages in _proc/
+    python tools/site.py --check   fail when README.md or the sidebar is not what the notebooks say
 
-README.md is nbs/index.ipynb as the site shows it: nbdev's own processors (links, hidden cells), then nbconvert.
+README.md is nbs/index.ipynb taken through nbdev's processing and then nbconvert. `quarto render _proc` turns the pages
+into the site; the workflow does that.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -21,29 +23,42 @@ ROOMS = {"start": "Start", "engine": "Engine", "data": "Data", "rewards": "Rewar
          "evaluate": "Evaluate", "workflows": "Workflows", "hardware": "Hardware"}
 
 
+def hide_default_exp(cell) -> None:
+    "The line that names the module is for nbdev, not for readers."
+    if cell.cell_type == "code" and (cell.source or "").lstrip().startswith("#| default_exp"):
+        del cell["source"]
+
+
+def processors(links: bool) -> type:
+    "nbdev's processing of a page (with settings.ini's skip_procs), with `hide_default_exp`, and links if wanted."
+    from nbdev.processors import FilterDefaults
+
+    class Processors(FilterDefaults):
+        def base_procs(self):
+            return [hide_default_exp, *[p for p in super().base_procs() if links or p.__name__ != "add_links"]]
+    return Processors
+
+
 def readme() -> str:
     "nbs/index.ipynb as Markdown."
     import nbformat
     from execnb.nbio import nb2str, read_nb
     from nbconvert import MarkdownExporter
-    from nbdev.doclinks import NbdevLookup
-    from nbdev.processors import FilterDefaults
 
     notebook = read_nb(NBS / "index.ipynb")
-    FilterDefaults()(notebook)
+    processors(links=False)()(notebook)
     notebook = nbformat.reads(nb2str(notebook), as_version=4)
-    notebook.cells = [c for c in notebook.cells if c.cell_type != "raw" and "source" in c]
-    for cell in notebook.cells:
-        if cell.cell_type == "code" and re.search(r"^#\|\s*echo:\s*false", cell.source, re.MULTILINE):
+    notebook.cells = [c for c in notebook.cells if c.cell_type != "raw" and c.get("source")]
+    for cell in (c for c in notebook.cells if c.cell_type == "code"):
+        if re.search(r"^#\|\s*echo:\s*false", cell.source, re.MULTILINE):
             cell.metadata["tags"] = ["hide_input"]
-        cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE) if cell.cell_type == "code" else cell.source
+        cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE)
     exporter = MarkdownExporter()
     exporter.register_preprocessor("nbconvert.preprocessors.TagRemovePreprocessor", enabled=True)
     exporter._preprocessors[-1].remove_input_tags = {"hide_input"}
     body, _ = exporter.from_notebook_node(notebook)
-    link = NbdevLookup().link_line  # outputs are linked as the site links them
     body = re.sub(r"^\*Reading time .*\n", "", body, flags=re.MULTILINE)
-    body = "\n".join(link(line) if line.startswith("|") else line.rstrip() for line in body.splitlines())
+    body = "\n".join(line.rstrip() for line in body.splitlines())
     return re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
 
 
@@ -60,11 +75,25 @@ def sidebar() -> str:
     return "\n".join(lines) + "\n"
 
 
+def pages() -> None:
+    "Take every notebook through nbdev's processing, into _proc/, with the configuration that Quarto needs."
+    import nbdev.serve
+    from nbdev.quarto import refresh_quarto_yml
+
+    nbdev.serve.FilterDefaults = processors(links=True)
+    refresh_quarto_yml()  # writes nbdev.yml from settings.ini; leaves our _quarto.yml alone
+    made = nbdev.serve.proc_nbs(force=True, n_workers=0)
+    missing = [name for name in ("_quarto.yml", "nbdev.yml", "sidebar.yml", "styles.css") if not (made / name).is_file()]
+    if missing:
+        raise SystemExit(f"tools/site.py: nbdev did not hand {', '.join(missing)} to the site")
+
+
 def main() -> int:
     "Write the files, or compare them."
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--check", action="store_true", help="fail when a file is out of date; write nothing")
+    arguments.add_argument("--check", action="store_true", help="fail when README.md or the sidebar is out of date")
     check = arguments.parse_args().check
+    os.chdir(ROOT)
     stale = []
     for path, text in ((ROOT / "README.md", readme()), (NBS / "sidebar.yml", sidebar())):
         if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -73,6 +102,7 @@ def main() -> int:
                 path.write_text(text, encoding="utf-8")
     if stale:
         print(f"{', '.join(stale)}: {'out of date; run make site' if check else 'written'}")
+    pages()
     return 1 if stale and check else 0
 
 

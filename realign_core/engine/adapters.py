@@ -103,7 +103,7 @@ def _mlx_arrays(tensors: Tensors) -> dict[str, np.ndarray]:
             out[f"{path}.m"] = m
     return out
 
-# %% ../../nbs/engine/06_adapters.ipynb #c036277a
+# %% ../../nbs/engine/06_adapters.ipynb #0f8d37d3
 def _peft_config(lora: LoRA, tensors: Tensors, base: str) -> dict:
     "The fields of `adapter_config.json` that PEFT needs."
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": lora.rank,
@@ -115,7 +115,8 @@ def _peft_config(lora: LoRA, tensors: Tensors, base: str) -> dict:
 def _mlx_config(lora: LoRA, tensors: Tensors, base: str) -> dict:
     "The fields of `adapter_config.json` that mlx-lm needs; `num_layers` -1 means every block."
     whole = any(t in tensors for t in lora.targets)
-    keys = list(tensors) if whole else list(dict.fromkeys(_inside_block(path) for path in tensors))
+    inside = dict.fromkeys(_inside_block(path) for path in tensors)
+    keys = list(tensors) if whole else [key for t in lora.targets for key in inside if key == t or key.endswith(f".{t}")]
     return {"fine_tune_type": "dora" if lora.dora else "lora", "model": base, "num_layers": -1,
             "lora_parameters": {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout, "keys": keys}}
 
@@ -193,7 +194,7 @@ def _decode(name: str, entry: dict) -> np.ndarray:
         raise ValueError(f"tensor {name} has type {entry['dtype']}; wanted a float")
     return np.frombuffer(entry["data"], dtype=kinds[entry["dtype"]]).astype(np.float32).reshape(entry["shape"])
 
-# %% ../../nbs/engine/06_adapters.ipynb #5c596aad
+# %% ../../nbs/engine/06_adapters.ipynb #066118f4
 _UNSUPPORTED = {"bias": "none", "modules_to_save": None, "rank_pattern": None, "alpha_pattern": None, "lora_bias": False,
                 "fan_in_fan_out": False, "trainable_token_indices": None, "target_parameters": None}
 
@@ -216,9 +217,10 @@ def _from_peft(folder: Path, config: dict, arrays: dict[str, np.ndarray]) -> tup
     tensors = _complete(folder, found, bool(config.get("use_dora")))
     wanted = config.get("target_modules")
     bare = isinstance(wanted, list) and config.get("layers_to_transform") is None and not set(wanted) & tensors.keys()
-    return _settings(rank, float(alpha), config.get("lora_dropout", 0.0), bool(config.get("use_dora")), tensors, bare)
+    targets, dropout = _names(wanted, tensors) if bare else tensors, float(config.get("lora_dropout") or 0)
+    return LoRA(int(rank), float(alpha), dropout, tuple(targets), bool(config.get("use_dora"))), tensors
 
-# %% ../../nbs/engine/06_adapters.ipynb #b20e5855
+# %% ../../nbs/engine/06_adapters.ipynb #0892ef57
 def _from_mlx(folder: Path, config: dict, arrays: dict[str, np.ndarray]) -> tuple[LoRA, Tensors]:
     "Settings and tensors of mlx-lm's layout."
     place, kind = folder / CONFIG, config.get("fine_tune_type", "lora")
@@ -233,10 +235,11 @@ def _from_mlx(folder: Path, config: dict, arrays: dict[str, np.ndarray]) -> tupl
         path, part = _split(folder, name, {"lora_a": "a", "lora_b": "b", "m": "m"})
         found.setdefault(path, {})[part] = array if part == "m" else array.T
     tensors = _complete(folder, found, kind == "dora")
-    bare = any(".0." in path for path in tensors) and not set(settings.get("keys") or ()) & tensors.keys()
-    return _settings(rank, rank * scale, settings.get("dropout", 0.0), kind == "dora", tensors, bare)
+    keys = settings.get("keys") or ()
+    targets = _names(keys, tensors) if any(".0." in path for path in tensors) and not set(keys) & tensors.keys() else tensors
+    return LoRA(int(rank), rank * scale, float(settings.get("dropout") or 0), tuple(targets), kind == "dora"), tensors
 
-# %% ../../nbs/engine/06_adapters.ipynb #7912c38b
+# %% ../../nbs/engine/06_adapters.ipynb #e4a319de
 def _number(place: Path, config: dict, key: str) -> int | float:
     "A positive number from a configuration."
     value = config.get(key)
@@ -261,13 +264,16 @@ def _complete(folder: Path, found: dict[str, dict[str, np.ndarray]], dora: bool)
     for path, parts in found.items():
         if parts.keys() != wanted:
             raise ModelError(f"{folder}: layer {path} has arrays {sorted(parts)}; wanted {sorted(wanted)}")
-    return {path: (np.ascontiguousarray(p["a"]), np.ascontiguousarray(p["b"]), p.get("m")) for path, p in found.items()}
+    def place(path): return [(not part.isdigit(), int(part) if part.isdigit() else part) for part in path.split(".")]
+    return {path: (np.ascontiguousarray(found[path]["a"]), np.ascontiguousarray(found[path]["b"]), found[path].get("m"))
+            for path in sorted(found, key=place)}  # layer 2 before layer 10
 
 
-def _settings(rank, alpha, dropout, dora, tensors: Tensors, bare: bool) -> tuple[LoRA, Tensors]:
-    "The `LoRA` of what was read, with bare target names or whole paths."
-    targets = dict.fromkeys(path.rpartition(".")[2] for path in tensors) if bare else tensors
-    return LoRA(int(rank), float(alpha), float(dropout), tuple(targets), dora), tensors
+def _names(keys: list[str], tensors: Tensors) -> list[str]:
+    "Last parts of the paths, in the order of the configuration's keys."
+    order = [key.rpartition(".")[2] for key in keys]
+    found = sorted({path.rpartition(".")[2] for path in tensors})
+    return sorted(found, key=lambda name: order.index(name) if name in order else len(order))
 
 
 def _check_shapes(folder: Path, lora: LoRA, tensors: Tensors) -> None:

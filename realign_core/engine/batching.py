@@ -47,7 +47,7 @@ def _extra(name: str, examples: SequenceOf[Example], shape: tuple[int, int]) -> 
         array[b, : len(tokens)] = tokens
     return array
 
-# %% ../../nbs/engine/08_batching.ipynb #d874e39a
+# %% ../../nbs/engine/08_batching.ipynb #1e5bc4c0
 class Order:
     "Which examples make up the batch of each step: a pure function of (seed, step)."
 
@@ -77,12 +77,6 @@ class Order:
     def __getitem__(self, step: int) -> np.ndarray:
         "Indices of the batch of `step`, counted from 0."
         return self.epoch(step // self.per_epoch)[step % self.per_epoch]
-
-    def visited(self, steps: int) -> np.ndarray:
-        "Indices of all examples that the first `steps` steps use, sorted."
-        if steps >= self.per_epoch:
-            return np.arange(len(self.lengths))
-        return np.unique(np.concatenate([self[step] for step in range(steps)])) if steps else np.arange(0)
 
 # %% ../../nbs/engine/08_batching.ipynb #89bd9bc1
 def micro_batches(

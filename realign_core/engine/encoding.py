@@ -16,10 +16,10 @@ import numpy as np
 from ..errors import DataError, ModelError
 
 # %% auto #0
-__all__ = ['Sequence', 'Example', 'Dropped', 'Report', 'ChatTokens', 'Turns', 'Encoder', 'token_texts', 'ColouredTokens',
-           'colour_tokens', 'encode_rows']
+__all__ = ['Sequence', 'Example', 'Dropped', 'Report', 'ChatTokens', 'Turns', 'Window', 'Conversations', 'Encoder', 'token_texts',
+           'ColouredTokens', 'colour_tokens', 'encode_rows']
 
-# %% ../../nbs/engine/07_encoding.ipynb #d8a918d7
+# %% ../../nbs/engine/07_encoding.ipynb #0f651886
 @dataclass(frozen=True)
 class Sequence:
     "Token ids of one sequence, and which of them are targets."
@@ -54,7 +54,7 @@ class Example:
     def __len__(self) -> int:
         return max(len(s) for s in self.sequences)
 
-# %% ../../nbs/engine/07_encoding.ipynb #5d1a78c5
+# %% ../../nbs/engine/07_encoding.ipynb #6102d8cd
 class Dropped(DataError):
     "A row that the truncation policy leaves out; `encode_rows` counts it and goes on."
 
@@ -73,19 +73,23 @@ class Report:
     def counts(self) -> dict[str, int]:
         "Every count by name, as plain numbers."
         return {"kept": self.kept, "dropped": sum(self.dropped.values()), "tokens": self.tokens, "targets": self.targets,
-                **{f"dropped: {k}": v for k, v in self.dropped.items()}, **dict(self.changed)}
+                **{f"dropped: {k}": v for k, v in self.dropped.items()}, **{k: v for k, v in self.changed.items() if v}}
 
     def _repr_markdown_(self) -> str:
         lines = ["| | count |", "|---|---:|", f"| rows kept | {self.kept:,} |"]
         lines += [f"| rows dropped: {why} | {n:,} |" for why, n in self.dropped.items()]
-        lines += [f"| sequences: {what} | {n:,} |" for what, n in self.changed.items()]
+        lines += [f"| sequences: {what} | {n:,} |" for what, n in self.changed.items() if n]
         lines += [f"| tokens, of which targets | {self.tokens:,}, {self.targets:,} |"]
         return "\n".join(lines + [f"\n{note}" for note in self.notes])
 
     def __repr__(self) -> str:
         return f"Report({', '.join(f'{k}={v}' for k, v in self.counts.items())})"
 
-# %% ../../nbs/engine/07_encoding.ipynb #78808979
+# %% ../../nbs/engine/07_encoding.ipynb #35b64b21
+_PROBE = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"},
+          {"role": "user", "content": "three"}, {"role": "assistant", "content": "four"}]
+
+
 class ChatTokens:
     "Renders with the tokenizer's chat template and tokenises the result, with no second BOS."
 
@@ -94,6 +98,7 @@ class ChatTokens:
         self.chat = bool(getattr(tokenizer, "chat_template", None))
         self.report = Report()
         self.special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
+        self.special_texts = [t for t in tokenizer.convert_ids_to_tokens(sorted(self.special)) if len(t) > 2]
         self.pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no EOS token, so a model could not learn to stop")
@@ -101,21 +106,28 @@ class ChatTokens:
             self.report.notes.append("The tokenizer pads with its EOS token. Masks here come from positions, so EOS is still learnt.")
         self.end_of_turn = self._find_end_of_turn() if self.chat else tokenizer.eos_token_id
 
-    def _render(self, messages, header: bool = False) -> str:
-        "The conversation as the template writes it."
+    def _apply(self, messages, **settings):
+        "The chat template applied; what it refuses becomes a `DataError`."
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header)
+            return self.tokenizer.apply_chat_template(messages, **settings)
         except Exception as error:  # templates raise jinja errors of every kind
             raise DataError(f"the chat template refuses this conversation: {error}", field="messages") from error
 
-    def _ids(self, text: str) -> list[int]:
-        "Token ids of text that has its special tokens written out already, without a doubled BOS."
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    def _render(self, messages, header: bool = False) -> str:
+        "The conversation as the template writes it."
+        return self._apply(messages, tokenize=False, add_generation_prompt=header)
+
+    def _doubled(self, ids: list[int]) -> int:
+        "1 when the ids begin with two BOS, of which one has to go."
         bos = self.tokenizer.bos_token_id
-        if bos is not None and ids[:2] == [bos, bos]:
-            self.report.changed["second BOS removed"] += 1
-            ids = ids[1:]
-        return ids
+        found = int(bos is not None and list(ids[:2]) == [bos, bos])
+        self.report.changed["second BOS removed"] += found
+        return found
+
+    def _ids(self, text: str) -> list[int]:
+        "Token ids of text that has its special tokens written out already."
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids[self._doubled(ids):]
 
     def _raw_ids(self, text: str) -> list[int]:
         "Token ids of plain text: BOS when this tokenizer uses one, never an EOS."
@@ -127,8 +139,7 @@ class ChatTokens:
 
     def _find_end_of_turn(self) -> int | None:
         "The special token that the template writes after an assistant's answer, None when there is none."
-        probe = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
-        rest = self._render(probe).rpartition("two")[2]
+        rest = self._render(_PROBE[:2]).rpartition("two")[2]
         found = next((i for i in self._ids(rest) if i in self.special), None)
         if found is None:
             self.report.notes.append("The chat template writes no end-of-turn token after an answer; EOS is added to the last one.")
@@ -137,9 +148,16 @@ class ChatTokens:
             self.report.notes.append(f"Turns end with `{name}`, which is not the tokenizer's EOS; generation must stop there too.")
         return found
 
-# %% ../../nbs/engine/07_encoding.ipynb #61680f6b
+# %% ../../nbs/engine/07_encoding.ipynb #73cb6bb3
 class Turns(ChatTokens):
     "Finds the assistant's turns in a conversation."
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer)
+        self.marked = self.chat and "generation %}" in tokenizer.chat_template.replace("endgeneration", "")
+        if self.marked and self._by_generation(_PROBE) not in (None, self._by_prefix(_PROBE, [1, 3])):
+            self.marked = False
+            self.report.notes.append("The template's generation blocks are not where its answers are; the answers are found by prefixes.")
 
     def _prompt_ids(self, messages) -> list[int]:
         "Ids of a conversation that asks for an answer; the last one is kept, because pairs ask for it twice."
@@ -182,22 +200,19 @@ class Turns(ChatTokens):
 
     def _by_generation(self, messages) -> tuple[list[int], list[bool]] | None:
         "Ids and mask as the template's own {% generation %} blocks mark them, each led on to its end-of-turn token."
-        if "{% generation" not in self.tokenizer.chat_template and "{%- generation" not in self.tokenizer.chat_template:
+        if not self.marked:
             return None
-        marked = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        ids, mask = list(marked["input_ids"]), [bool(m) for m in marked["assistant_masks"]]
+        found = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        skip = self._doubled(found["input_ids"])
+        ids, mask = list(found["input_ids"])[skip:], [bool(m) for m in found["assistant_masks"]][skip:]
         starts = [t for t in range(len(ids)) if mask[t] and not (t and mask[t - 1])]
         return (ids, self._until_end(ids, starts)) if starts else None
 
-# %% ../../nbs/engine/07_encoding.ipynb #2bb1afdf
-class Encoder(Turns):
-    "Makes token ids and masks of prompts, completions, conversations and text."
+# %% ../../nbs/engine/07_encoding.ipynb #7113a3dc
+class Window(Turns):
+    "Keeps sequences within `max_length` by a policy that is written down."
 
-    def __init__(self,
-        tokenizer,                       # a transformers tokenizer
-        max_length: int | None = None,   # longest sequence in tokens; None: no limit
-        truncation: str = "drop",        # "drop", "left", "right" or "error"
-    ):
+    def __init__(self, tokenizer, max_length: int | None = None, truncation: str = "drop"):
         if truncation not in ("drop", "left", "right", "error"):
             raise DataError("unknown truncation policy", found=truncation, wanted="'drop', 'left', 'right' or 'error'")
         if max_length is not None and max_length < 2:
@@ -205,10 +220,80 @@ class Encoder(Turns):
         super().__init__(tokenizer)
         self.max_length, self.truncation = max_length, truncation
 
-    @property
-    def counts(self) -> dict[str, int]:
-        "The report's counts."
-        return self.report.counts
+    def _too_long(self, ids) -> bool:
+        return self.max_length is not None and len(ids) > self.max_length
+
+    def _cut_prompt(self, ids: list[int], room: int, header: int) -> list[int]:
+        "The last `room` ids of a prompt, its BOS and its generation header kept; `Dropped` when they cannot be."
+        bos = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
+        if self.truncation != "left" or room <= len(bos) + header:
+            kind = DataError if self.truncation == "error" else Dropped
+            raise kind(f"prompt leaves no room within {self.max_length} tokens", field="prompt", found=f"{len(ids)} tokens")
+        self.report.changed["prompt cut on the left"] += 1
+        return bos + ids[len(ids) - room + len(bos):]
+
+    def _fit(self, ids: list[int], mask: list[bool], header: int) -> Sequence:
+        "The sequence within `max_length`, by the truncation policy."
+        if self._too_long(ids):
+            start = mask.index(True)
+            if self.truncation in ("drop", "error"):
+                kind = Dropped if self.truncation == "drop" else DataError
+                raise kind(f"longer than {self.max_length} tokens", found=f"{len(ids)} tokens")
+            if self.truncation == "left":
+                head = self._cut_prompt(ids[:start], self.max_length - (len(ids) - start), header)
+                ids, mask = head + ids[start:], [False] * len(head) + mask[start:]
+            else:
+                if start >= self.max_length:
+                    raise Dropped(f"prompt leaves no room within {self.max_length} tokens", found=f"{len(ids)} tokens")
+                self.report.changed["answer cut on the right"] += 1
+                ids, mask = ids[: self.max_length], mask[: self.max_length]
+        if not any(mask[1:]):
+            raise DataError("no token is left to learn from", found=f"{len(ids)} tokens, none a target")
+        return Sequence(ids, mask)
+
+
+def _drop_oldest(messages: list[dict]) -> list[dict] | None:
+    "The conversation without its oldest exchange, system message kept; None when only one is left."
+    system = [m for m in messages[:1] if m["role"] == "system"]
+    later = [i for i, m in enumerate(messages) if m["role"] == "user" and i > len(system)]
+    rest = messages[later[0]:] if later else []
+    return system + rest if any(m["role"] == "assistant" for m in rest) else None
+
+# %% ../../nbs/engine/07_encoding.ipynb #9ccaae49
+class Conversations(Window):
+    "Turns whatever a row calls its prompt into messages, and messages into ids and mask."
+
+    def _as_messages(self, prompt) -> list[dict]:
+        "A string as one user turn; messages as they are."
+        if not self.chat:
+            raise ModelError("the tokenizer has no chat template, so messages cannot be written; give plain strings")
+        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+    def _conversation(self, messages, first: int) -> tuple[list[int], list[bool]]:
+        "Ids and mask of the assistant turns from message `first` on."
+        messages = self._as_messages(messages)
+        turns = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant"]
+        for i in turns:
+            if not str(messages[i].get("content") or "").strip() and not messages[i].get("tool_calls"):
+                raise DataError("completion is empty", field=f"messages[{i}].content", found=messages[i].get("content"), wanted="text")
+        if not turns:
+            raise DataError("no assistant turn to learn from", field="messages", found=[m["role"] for m in messages])
+        self._count_specials(messages)
+        ids, mask = (self._by_generation(messages) if not first else None) or self._by_prefix(messages, turns)
+        if self.end_of_turn is None:
+            ids, mask = ids + [self.tokenizer.eos_token_id], mask + [messages[-1]["role"] == "assistant"]
+            self.report.changed["EOS added"] += 1
+        last = max((t for t in range(len(ids)) if mask[t]), default=-1)  # nothing after the last target matters
+        return ids[: last + 1], mask[: last + 1]
+
+    def _count_specials(self, messages) -> None:
+        "Somebody who writes `<|end|>` into a message ends the turn; that is counted, because it is seldom meant."
+        texts = [m["content"] for m in messages if isinstance(m.get("content"), str)]
+        self.report.changed["special token written inside a message"] += any(t in x for x in texts for t in self.special_texts)
+
+# %% ../../nbs/engine/07_encoding.ipynb #d6357552
+class Encoder(Conversations):
+    "Makes token ids and masks of prompts, completions, conversations and text: `Encoder(tokenizer, max_length, truncation)`."
 
     def prompt(self, prompt: str | list[dict]) -> list[int]:
         "Ids of a prompt, generation header included, ready for `policy.generate`."
@@ -262,69 +347,12 @@ class Encoder(Turns):
             ids = ids[-self.max_length:]
         return self._fit(ids, [True] * len(ids), 0)
 
-    def _too_long(self, ids) -> bool:
-        return self.max_length is not None and len(ids) > self.max_length
+    @property
+    def counts(self) -> dict[str, int]:
+        "The report's counts."
+        return self.report.counts
 
-    def _as_messages(self, prompt) -> list[dict]:
-        "A string as one user turn; messages as they are."
-        if not self.chat:
-            raise ModelError("the tokenizer has no chat template, so messages cannot be written; give plain strings")
-        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-
-    def _conversation(self, messages, first: int) -> tuple[list[int], list[bool]]:
-        "Ids and mask of the assistant turns from message `first` on."
-        messages = self._as_messages(messages)
-        turns = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant"]
-        for i in turns:
-            if not str(messages[i].get("content") or "").strip() and not messages[i].get("tool_calls"):
-                raise DataError("completion is empty", field=f"messages[{i}].content", found=messages[i].get("content"), wanted="text")
-        if not turns:
-            raise DataError("no assistant turn to learn from", field="messages", found=[m["role"] for m in messages])
-        marked = self._by_generation(messages) if not first else None
-        ids, mask = marked or self._by_prefix(messages, turns)
-        if self.end_of_turn is None:
-            ids, mask = ids + [self.tokenizer.eos_token_id], mask + [messages[-1]["role"] == "assistant"]
-            self.report.changed["EOS added"] += 1
-        last = max((t for t in range(len(ids)) if mask[t]), default=-1)  # nothing after the last target matters
-        return ids[: last + 1], mask[: last + 1]
-
-    def _cut_prompt(self, ids: list[int], room: int, header: int) -> list[int]:
-        "The last `room` ids of a prompt, its BOS and its generation header kept; `Dropped` when they cannot be."
-        bos = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
-        if self.truncation != "left" or room <= len(bos) + header:
-            kind = DataError if self.truncation == "error" else Dropped
-            raise kind(f"prompt leaves no room within {self.max_length} tokens", field="prompt", found=f"{len(ids)} tokens")
-        self.report.changed["prompt cut on the left"] += 1
-        return bos + ids[len(ids) - room + len(bos):]
-
-    def _fit(self, ids: list[int], mask: list[bool], header: int) -> Sequence:
-        "The sequence within `max_length`, by the truncation policy."
-        if self._too_long(ids):
-            start = mask.index(True)
-            if self.truncation in ("drop", "error"):
-                kind = Dropped if self.truncation == "drop" else DataError
-                raise kind(f"longer than {self.max_length} tokens", found=f"{len(ids)} tokens")
-            if self.truncation == "left":
-                head = self._cut_prompt(ids[:start], self.max_length - (len(ids) - start), header)
-                ids, mask = head + ids[start:], [False] * len(head) + mask[start:]
-            else:
-                if start >= self.max_length:
-                    raise Dropped(f"prompt leaves no room within {self.max_length} tokens", found=f"{len(ids)} tokens")
-                self.report.changed["answer cut on the right"] += 1
-                ids, mask = ids[: self.max_length], mask[: self.max_length]
-        if not any(mask[1:]):
-            raise DataError("no token is left to learn from", found=f"{len(ids)} tokens, none a target")
-        return Sequence(ids, mask)
-
-
-def _drop_oldest(messages: list[dict]) -> list[dict] | None:
-    "The conversation without its oldest exchange, system message kept; None when only one is left."
-    system = [m for m in messages[:1] if m["role"] == "system"]
-    later = [i for i, m in enumerate(messages) if m["role"] == "user" and i > len(system)]
-    rest = messages[later[0]:] if later else []
-    return system + rest if any(m["role"] == "assistant" for m in rest) else None
-
-# %% ../../nbs/engine/07_encoding.ipynb #066eb066
+# %% ../../nbs/engine/07_encoding.ipynb #17b88daa
 def token_texts(
     tokenizer,      # a transformers tokenizer
     ids,            # (T,) token ids
@@ -371,7 +399,7 @@ def colour_tokens(
     sequences = sequence.sequences if isinstance(sequence, Example) else (sequence,)
     return ColouredTokens(tuple((token_texts(tokenizer, s.ids), s.mask.tolist()) for s in sequences))
 
-# %% ../../nbs/engine/07_encoding.ipynb #f0c49902
+# %% ../../nbs/engine/07_encoding.ipynb #d744e38b
 def encode_rows(
     rows: Iterable,          # typed rows, each with `.row` and `.source`
     encode: Callable,        # a method's (row, encoder) -> Example

@@ -1,0 +1,42 @@
+"""The smallest method and data for the smallest policy, shared by the tests of the training loop."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from realign_core.engine.encoding import Example, Sequence
+from realign_core.engine.training import BigramPolicy
+
+VOCAB = 12
+
+
+def examples(n=60, seed=0, group=1):
+    draw = np.random.default_rng(seed)
+    return [Example(tuple(_sequence(draw) for _ in range(group)), row=i + 1) for i in range(n)]
+
+
+def _sequence(draw):
+    length = int(draw.integers(3, 9))
+    return Sequence(draw.integers(1, VOCAB, length), [True] * length)
+
+
+def objective(logps, batch):
+    count = batch.mask.sum()
+    return -logps.sum() / count, {"nll": (-logps.sum(), count)}
+
+
+def method(**changes):
+    settings = dict(name="nll", format="text", encode=None, objective=objective, weight=lambda batch: batch.targets, params={},
+                    defaults={"lr": 0.05, "batch_size": 8}, reference=False, watch=("loss",))
+    return SimpleNamespace(**{**settings, **changes})
+
+
+class Chatty(BigramPolicy):
+    "A bigram policy with a tokenizer, so that it can be given rows of text."
+    def __init__(self, max_length=64, **settings):
+        from snapshots import make_tokenizer
+        self.tokenizer = make_tokenizer()
+        self.max_length = max_length
+        super().__init__(len(self.tokenizer), **settings)
