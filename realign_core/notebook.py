@@ -20,7 +20,7 @@ from .engine.policy import pick_backend
 from .errors import GateFailed, OutputError
 
 # %% auto #0
-__all__ = ['run_folder', 'peak_memory', 'Record', 'interval_text', 'write_json', 'finish']
+__all__ = ['run_folder', 'peak_memory', 'Record', 'interval_text', 'Rows', 'write_json', 'finish']
 
 # %% ../nbs/engine/11_runs.ipynb #5554709c
 _STARTED = time.monotonic()  # the clock of a run starts when its notebook first imports this module
@@ -105,7 +105,20 @@ def interval_text(
     count = f", n = {interval['n']}" if interval.get("n") else ""
     return f"{value:.{digits}f}{' ' if unit else ''}{unit} [{low:.{digits}f}, {high:.{digits}f}]{count}"
 
-# %% ../nbs/engine/11_runs.ipynb #55b1b75e
+# %% ../nbs/engine/11_runs.ipynb #257e150f
+class Rows(list):
+    "Rows of a table, as dictionaries with the same keys; intervals among the values are shown as such."
+
+    def _repr_markdown_(self) -> str:
+        def text(value):
+            plain = _plain(value)
+            if isinstance(plain, dict) and {"value", "low", "high"} <= set(plain):
+                return interval_text({**plain, "n": None})
+            return "" if plain is None else f"{plain:.3g}" if isinstance(plain, float) else str(plain)
+        lines = [list(self[0]), ["---"] * len(self[0]), *[[text(row.get(k)) for k in self[0]] for row in self]]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+# %% ../nbs/engine/11_runs.ipynb #51e14c78
 def _default_gates(effect: dict | None, control: dict | None) -> dict[str, bool]:
     "An effect must lie above zero, and a control must contain it."
     def bound(interval, key): return math.nan if interval[key] is None else interval[key]
@@ -128,7 +141,7 @@ def write_json(path: str | Path, value: Any) -> Path:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
     return path
 
-# %% ../nbs/engine/11_runs.ipynb #961f84d4
+# %% ../nbs/engine/11_runs.ipynb #a3f5d89b
 def finish(
     name: str,                                  # the notebook's short name
     *,

@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from snapshots import make_snapshot
 from toys import VOCAB, Chatty, examples, method
 
 from realign_core.engine.policy import find_snapshot, load
 from realign_core.engine.training import BigramPolicy, Run, checkpoint_problem, fit, newest_checkpoint
 from realign_core.errors import BackendError, DataError, ModelError, OutputError, ReAlignError
 from realign_core.methods import dpo, sft
+from snapshots import make_snapshot
 
 GOOD = {"prompt": "Two plus three?", "chosen": "Five.", "rejected": "Six, I think."}
 
@@ -187,7 +187,8 @@ def test_file_instead_of_a_snapshot(tmp_path):
 # ── output folders ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def train(out, policy=None, **settings):
-    return fit(policy or BigramPolicy(VOCAB), method(), examples(), **{"steps": 20, "save_every": 5, "out": out, "progress": False, **settings})
+    settings = {"steps": 20, "save_every": 5, **settings}
+    return fit(policy or BigramPolicy(VOCAB), method(), examples(), out=out, progress=False, **settings)
 
 
 def test_a_file_in_the_way(tmp_path):
@@ -220,7 +221,8 @@ def little_disk(tmp_path):
     "A file system of 64 KiB, which needs the right to mount one."
     place = tmp_path / "disk"
     place.mkdir()
-    done = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    done = shutil.which("mount") and subprocess.run(mount, capture_output=True)
     if not done or done.returncode:
         pytest.skip("may not mount a small file system here")
     yield place

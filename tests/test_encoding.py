@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from snapshots import CHAT_TEMPLATE, make_tokenizer
 
 from realign_core.data.formats import read
 from realign_core.engine.encoding import Dropped, Encoder, Example, Sequence, colour_tokens, encode_rows, token_texts
 from realign_core.errors import DataError, ModelError
 from realign_core.methods import dpo, sft
+from snapshots import CHAT_TEMPLATE, make_tokenizer
 
 MARKED = CHAT_TEMPLATE
 UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
@@ -22,7 +22,8 @@ BRACKETS = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{
 ENDLESS = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
            "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
 # Writes an empty thought before the last answer only, as the Qwen3 family does.
-REWRITING = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' and loop.last %}{{ 'think ' }}{% endif %}"
+REWRITING = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
+             "{% if m['role'] == 'assistant' and loop.last %}{{ 'think ' }}{% endif %}"
              "{{ m['content'] + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 TWO_TURNS = [{"role": "system", "content": "A short answer is good."}, {"role": "user", "content": "Where does the sun rise?"},
              {"role": "assistant", "content": "In the east."}, {"role": "user", "content": "Two plus three?"},
@@ -63,15 +64,17 @@ def test_marked_template_and_prefixes_agree():
 
 
 def test_a_generation_block_without_end_of_turn_is_led_on_to_it():
-    short = MARKED.replace("{{ message['content'] + '<|end|>' }}{% endgeneration %}", "{{ message['content'] }}{% endgeneration %}<|end|>")
+    short = MARKED.replace(" + '<|end|>' }}{% endgeneration %}", " }}{% endgeneration %}<|end|>")
     assert short != MARKED
     encoder = Encoder(tokenizer_with(short))
     assert targets(encoder, encoder.messages(TWO_TURNS)) == "In the east.<|end|>Five.<|end|>"
 
 
 def test_marks_in_the_wrong_place_are_not_believed():
-    wide = MARKED.replace("{{ '<|' + message['role'] + '|>' }}", "").replace("{% generation %}{{ ", "{% generation %}{{ '<|assistant|>' + ").replace(
-        "{% else %}{{ ", "{% else %}{{ '<|' + message['role'] + '|>' + ")
+    header = "{{ '<|' + message['role'] + '|>' }}"
+    wide = MARKED.replace(header, "")
+    for mark in ("{% generation %}", "{% else %}"):
+        wide = wide.replace(mark, mark + header)
     encoder = Encoder(tokenizer_with(wide))
     assert targets(encoder, encoder.messages(TWO_TURNS)) == "In the east.<|end|>Five.<|end|>"
     assert "not where its answers are" in encoder.report.notes[0]

@@ -11,7 +11,6 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from snapshots import make_snapshot
 from toys import VOCAB, Chatty, examples, method, objective
 
 from realign_core.engine.batching import collate, micro_batches
@@ -21,8 +20,10 @@ from realign_core.engine.tracking import Progress, tracker
 from realign_core.engine.training import BigramPolicy, Run, accumulate, evaluate, fit, learning_rate
 from realign_core.errors import BackendError, CheckpointError, DataError, TrainingError
 from realign_core.methods import dpo, sft
+from snapshots import make_snapshot
 
-PAIRS = [{"prompt": f"What is {i} plus {j}?", "chosen": str(i + j), "rejected": f"I think {i + j + 1}, friend."} for i in range(6) for j in range(6)]
+PAIRS = [{"prompt": f"What is {i} plus {j}?", "chosen": str(i + j), "rejected": f"I think {i + j + 1}, friend."}
+         for i in range(6) for j in range(6)]
 ROWS = [{"instruction": p["prompt"], "output": p["chosen"] if i % 2 else p["rejected"]} for i, p in enumerate(PAIRS)]
 
 
@@ -76,7 +77,7 @@ def test_bigram_gradient_is_the_analytic_one():
 
 def test_learning_rates():
     cosine = [learning_rate(s, 100, 2.0) for s in range(100)]
-    assert cosine[0] == 0.2 and cosine[9] == cosine[10] == 2.0 and all(a >= b for a, b in zip(cosine[10:], cosine[11:], strict=False))
+    assert cosine[0] == 0.2 and cosine[9] == cosine[10] == 2.0 and cosine[10:] == sorted(cosine[10:], reverse=True)
     assert 0 < cosine[-1] < 0.01
     assert learning_rate(55, 100, 2.0, schedule="linear") == pytest.approx(1.0)
     assert learning_rate(99, 100, 2.0, schedule="constant") == 2.0
@@ -98,7 +99,10 @@ def test_epochs_and_steps():
     data = examples(60)
     assert fit(BigramPolicy(VOCAB), method(), data, held_out=0, progress=False).summary["steps"] == 8
     assert fit(BigramPolicy(VOCAB), method(), data, held_out=0, epochs=0.5, progress=False).summary["steps"] == 4
-    assert fit(BigramPolicy(VOCAB), method(defaults={"epochs": 3}), data, held_out=0, steps=5, progress=False).summary["steps"] == 5
+    thrice = method(defaults={"epochs": 3})
+    assert fit(BigramPolicy(VOCAB), thrice, data, held_out=0, steps=5, progress=False).summary["steps"] == 5
+    short = method(defaults={"steps": 3, "batch_size": 8})
+    assert fit(BigramPolicy(VOCAB), short, data, held_out=0, epochs=1, progress=False).summary["steps"] == 8
 
 
 # ── evaluation ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -215,7 +219,8 @@ def test_a_gradient_that_is_no_number_stops(tmp_path):
 
 def test_clipping_limits_the_step():
     policy = BigramPolicy(VOCAB)
-    run = fit(policy, method(objective=lambda logps, b: (-1000 * logps.sum() / b.targets, {})), examples(), steps=3, progress=False)
+    steep = method(objective=lambda logps, batch: (-1000 * logps.sum() / batch.targets, {}))
+    run = fit(policy, steep, examples(), steps=3, progress=False)
     assert max(r["grad_norm"] for r in run.history if "grad_norm" in r) > 100, "the log shows the norm before clipping"
 
 
@@ -288,7 +293,8 @@ def test_a_loaded_run_gives_its_policy_back(tmp_path, backend):
 
 
 def test_summary_has_its_figures():
-    run = fit(Chatty(max_length=24), sft.method(), ROWS + [{"instruction": "Who? " * 20, "output": "No."}], steps=3, progress=False)
+    rows = [*ROWS, {"instruction": "Who? " * 20, "output": "No."}]
+    run = fit(Chatty(max_length=24), sft.method(), rows, steps=3, progress=False)
     assert run.summary["rows_dropped"] == run.report.counts["dropped"] >= 1
     assert run.summary["tokens"] > 0 and run.summary["seconds"] > 0 and run.summary["peak_memory_gib"] > 0
 

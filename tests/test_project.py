@@ -23,10 +23,13 @@ NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(s.start
 HEAVY = ("torch", "mlx", "transformers", "peft", "datasets", "matplotlib", "nbdev", "fastcore")
 
 
-def python(code: str, **environment: str) -> str:
+def shell(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def python(code: str) -> str:
     "What a fresh Python prints."
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment},
-                          capture_output=True, text=True, check=False)
+    done = shell(sys.executable, "-c", code)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -50,8 +53,9 @@ def test_import_is_fast_and_loads_no_framework():
 
 
 def test_library_modules_load_no_framework_either():
+    own = ("__init__.py", "torch_policy.py", "mlx_policy.py")  # these two import their framework, and are imported late
     modules = [p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
-               for p in (ROOT / "realign_core").rglob("*.py") if p.name not in ("__init__.py", "torch_policy.py", "mlx_policy.py")]
+               for p in (ROOT / "realign_core").rglob("*.py") if p.name not in own]
     code = f"import sys\nfor m in {modules!r}: __import__(m)\nprint(*sys.modules)"
     loaded = {name.split(".")[0] for name in python(code).split()}
     assert not loaded & {"torch", "mlx", "nbdev", "fastcore"}
@@ -155,9 +159,8 @@ def test_the_readme_example_runs(tmp_path, monkeypatch):
 
 
 def test_the_wheel_holds_the_package_and_the_shipped_models(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
-                           "--disable-pip-version-check", "-w", str(tmp_path), "."],
-                          cwd=_copy_of_package(tmp_path / "src"), capture_output=True, text=True, check=False)
+    done = shell(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
+                 "--disable-pip-version-check", "-w", str(tmp_path), ".", cwd=_copy_of_package(tmp_path / "src"))
     assert done.returncode == 0, done.stderr
     wheel, = tmp_path.glob("realign_core-*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
@@ -189,8 +192,7 @@ def test_pins_are_exact_and_say_nothing_about_this_machine():
 
 
 def test_no_file_names_a_machine_or_a_registry():
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False)
-    for name in listed.stdout.split():
+    for name in shell("git", "ls-files", "-co", "--exclude-standard").stdout.split():
         path = ROOT / name
         if path.suffix in (".py", ".toml", ".ini", ".yml", ".md", ".txt", "") and path.is_file() and path != Path(__file__):
             found = re.search(r"(/work/(env|main|shared)|/root/|/opt/pypi|file:///|index-url)", path.read_text(errors="ignore"))
@@ -214,7 +216,8 @@ def write_notebook(folder: Path, *cells: str) -> Path:
 
 
 FINISH = """from realign_core.notebook import finish
-finish("sample", backend=backend, model="none", out=out, budget=budget, effect={"value": steps, "low": steps - 1, "high": 9, "n": 4},
+finish("sample", backend=backend, model="none", out=out, budget=budget,
+       effect={"value": steps, "low": steps - 1, "high": 9, "n": 4},
        table=[{"asked": "facts", "before": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9, "unit": "%"}, "after": 0.75}])"""
 PARAMETERS = 'backend = "auto"\nsteps = 2\nout = None\nbudget = "full"'
 
@@ -352,8 +355,9 @@ def test_a_full_disk_leaves_no_half_written_record(tmp_path, monkeypatch):
 
 
 def test_not_a_number_never_passes_a_gate(tmp_path):
+    lost = {"value": float("nan"), "low": float("nan"), "high": 1.0, "n": 1}
     with pytest.raises(GateFailed):
-        notebook.finish("x", backend="torch", out=tmp_path, effect={"value": float("nan"), "low": float("nan"), "high": 1.0, "n": 1})
+        notebook.finish("x", backend="torch", out=tmp_path, effect=lost)
     assert json.loads((tmp_path / "metrics.json").read_text())["effect"]["low"] is None
 
 

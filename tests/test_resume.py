@@ -27,7 +27,8 @@ from realign_core.engine.training import (
 from realign_core.errors import CheckpointError
 from realign_core.methods import dpo, sft
 
-PAIRS = [{"prompt": f"What is {i} plus {j}?", "chosen": str(i + j), "rejected": f"I think {i + j + 1}, friend."} for i in range(6) for j in range(6)]
+PAIRS = [{"prompt": f"What is {i} plus {j}?", "chosen": str(i + j), "rejected": f"I think {i + j + 1}, friend."}
+         for i in range(6) for j in range(6)]
 ROWS = [{"instruction": p["prompt"], "output": p["chosen"]} for p in PAIRS]
 STEPS = 24
 CASES = {"sft-full": (sft.method, ROWS, None), "dpo-lora": (dpo.method, PAIRS, dict(rank=4, alpha=8.0, dropout=0.1))}
@@ -192,10 +193,11 @@ def test_resume_false_begins_again(tmp_path, whole):
                                          ({"seed": 3}, "seed was 0, is 3"), ({"batch_size": 4}, "batch_size was 8, is 4")])
 def test_other_settings_are_named(tmp_path, change, said):
     interrupted(tmp_path / "run")
-    before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*") if p.is_file())
+    def files(): return sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*") if p.is_file())
+    before = files()
     with pytest.raises(CheckpointError, match=said):
         finish(tmp_path / "run", **change)
-    assert before == sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*") if p.is_file()), "nothing was touched"
+    assert before == files(), "nothing was touched"
 
 
 def test_other_data_and_other_weights_are_named(tmp_path):

@@ -489,6 +489,17 @@ def test_saved_snapshot_loads_in_plain_libraries(snapshot, tmp_path, family):
     assert error <= (5e-3 if family == "gemma" else 1e-3)  # the two libraries use different forms of GELU for Gemma
 
 
+def test_saving_over_an_earlier_save(snapshot, tmp_path):
+    "Pieces of an earlier, larger save are removed, other files are left alone."
+    policy, folder = open_policy(snapshot()), tmp_path / "out"
+    folder.mkdir()
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "notes.txt"):
+        (folder / name).write_text("old")
+    policy.save(folder)
+    assert {p.name for p in folder.iterdir()} == {p.name for p in snapshot().iterdir()} | {"notes.txt"}
+    assert (open_policy(folder).score(make_batch()) == policy.score(make_batch())).all()
+
+
 def test_chat_template_set_by_hand_is_saved(snapshot, tmp_path):
     from transformers import AutoTokenizer
     policy = open_policy(snapshot(chat=False))

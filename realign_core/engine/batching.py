@@ -16,7 +16,7 @@ from .policy import Batch
 from ..errors import DataError
 
 # %% auto #0
-__all__ = ['collate', 'Order', 'micro_batches', 'first_fit', 'pack', 'Padding', 'padding']
+__all__ = ['collate', 'Order', 'micro_batches', 'first_fit', 'layout', 'pack', 'Padding', 'padding']
 
 # %% ../../nbs/engine/08_batching.ipynb #ab10a545
 def collate(
@@ -104,10 +104,20 @@ def first_fit(
         left[row] -= lengths[i]
     return rows
 
-# %% ../../nbs/engine/08_batching.ipynb #b9b12e98
+# %% ../../nbs/engine/08_batching.ipynb #d17537ba
+def layout(
+    lengths: SequenceOf[int],  # of the sequences in one batch
+    room: int,                 # widest row that is allowed
+) -> list[list[int]]:          # indices of the sequences in each row
+    "The packing of smallest area (rows times width) among eight widths from the longest sequence to `room`."
+    longest = max(lengths)
+    tries = [first_fit(lengths, int(width)) for width in np.linspace(longest, max(longest, room), 8)]
+    return min(tries, key=lambda rows: len(rows) * max(sum(lengths[i] for i in row) for row in rows))
+
+# %% ../../nbs/engine/08_batching.ipynb #2c1e62db
 def pack(
     examples: SequenceOf[Example],  # of one sequence each
-    room: int,                      # tokens per row
+    room: int,                      # most tokens per row
     pad_id: int = 0,
 ) -> Batch:                         # with segments (B, T), 0 = padding, and positions (B, T)
     "Several sequences per row, kept apart by segments; only for losses that are a sum over tokens."
@@ -115,7 +125,7 @@ def pack(
         if len(e.sequences) > 1 or any(not isinstance(v, tuple) for v in e.extras.values()):
             raise DataError("this method's examples cannot be packed", file=e.source, row=e.row,
                             wanted="one sequence and no numbers per example")
-    rows = first_fit([len(e) for e in examples], room)
+    rows = layout([len(e) for e in examples], room)
     width = max(sum(len(examples[i]) for i in row) for row in rows)
     shape = (len(rows), width)
     ids, mask = np.full(shape, pad_id, dtype=np.int32), np.zeros(shape, dtype=bool)
@@ -133,7 +143,7 @@ def pack(
     return Batch(ids=ids, mask=mask, segments=segments, positions=positions, extras=extras,
                  rows=tuple(examples[i].row for row in rows for i in row))
 
-# %% ../../nbs/engine/08_batching.ipynb #a2104584
+# %% ../../nbs/engine/08_batching.ipynb #be7311d7
 @dataclass(frozen=True)
 class Padding:
     "Share of positions that hold padding, for one data set and batch size."
@@ -168,7 +178,7 @@ def padding(
     def share(batches: list[tuple[int, int]]) -> float:
         return float(1 - lengths.sum() / sum(rows * width for rows, width in batches))
     def padded(pool: int): return [lengths[b] for b in Order(lengths, batch_size, seed, pool).epoch(0)]
-    bins = [[sum(b[i] for i in row) for row in first_fit(b, int(lengths.max()))] for b in padded(pool=1)]
+    bins = [[sum(b[i] for i in row) for row in layout(b, int(lengths.max()))] for b in padded(pool=16)]
     return Padding(random=share([(len(b), b.max()) for b in padded(pool=1)]),
                    buckets=share([(len(b), b.max()) for b in padded(pool=16)]),
                    packed=share([(len(b), max(b)) for b in bins]))

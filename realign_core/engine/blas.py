@@ -196,14 +196,17 @@ def prepare_mlx(
     _active = blas, _active[1]
     return blas
 
-# %% ../../nbs/engine/05_blas.ipynb #8cfba6d2
+# %% ../../nbs/engine/05_blas.ipynb #618a6a6b
 def _choose(wanted: str) -> tuple[Blas, ctypes.CDLL] | None:
     "Install the first candidate that works."
     try:
         import mlx.core as mx
     except ImportError as error:
         raise BackendError("MLX is not installed; run pip install 'realign_core[mlx]'") from error
-    if mx.default_device().type == mx.gpu or not _slow_blas():
+    if mx.default_device().type == mx.gpu:
+        return None
+    mx.disable_compile()  # on a CPU it gains nothing, and calls a C++ compiler for seconds, if there is one
+    if not _slow_blas():
         return None
     for name, path in candidates():
         if wanted in ("auto", name) and (library := _install(path)) is not None:

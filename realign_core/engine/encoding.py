@@ -85,7 +85,7 @@ class Report:
     def __repr__(self) -> str:
         return f"Report({', '.join(f'{k}={v}' for k, v in self.counts.items())})"
 
-# %% ../../nbs/engine/07_encoding.ipynb #35b64b21
+# %% ../../nbs/engine/07_encoding.ipynb #f68f41a2
 _PROBE = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"},
           {"role": "user", "content": "three"}, {"role": "assistant", "content": "four"}]
 
@@ -103,7 +103,7 @@ class ChatTokens:
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no EOS token, so a model could not learn to stop")
         if self.pad_id == tokenizer.eos_token_id:
-            self.report.notes.append("The tokenizer pads with its EOS token. Masks here come from positions, so EOS is still learnt.")
+            self.report.notes.append("The tokenizer pads with its EOS token; masks come from positions, so EOS is still learnt.")
         self.end_of_turn = self._find_end_of_turn() if self.chat else tokenizer.eos_token_id
 
     def _apply(self, messages, **settings):
@@ -142,13 +142,13 @@ class ChatTokens:
         rest = self._render(_PROBE[:2]).rpartition("two")[2]
         found = next((i for i in self._ids(rest) if i in self.special), None)
         if found is None:
-            self.report.notes.append("The chat template writes no end-of-turn token after an answer; EOS is added to the last one.")
+            self.report.notes.append("The chat template writes no end-of-turn token after an answer; EOS is added to it.")
         elif found != self.tokenizer.eos_token_id:
             name = self.tokenizer.convert_ids_to_tokens(found)
-            self.report.notes.append(f"Turns end with `{name}`, which is not the tokenizer's EOS; generation must stop there too.")
+            self.report.notes.append(f"Turns end with `{name}`, not with the tokenizer's EOS; generation must stop there too.")
         return found
 
-# %% ../../nbs/engine/07_encoding.ipynb #73cb6bb3
+# %% ../../nbs/engine/07_encoding.ipynb #0d8d32d2
 class Turns(ChatTokens):
     "Finds the assistant's turns in a conversation."
 
@@ -157,7 +157,7 @@ class Turns(ChatTokens):
         self.marked = self.chat and "generation %}" in tokenizer.chat_template.replace("endgeneration", "")
         if self.marked and self._by_generation(_PROBE) not in (None, self._by_prefix(_PROBE, [1, 3])):
             self.marked = False
-            self.report.notes.append("The template's generation blocks are not where its answers are; the answers are found by prefixes.")
+            self.report.notes.append("The template's generation blocks are not where its answers are; prefixes are used.")
 
     def _prompt_ids(self, messages) -> list[int]:
         "Ids of a conversation that asks for an answer; the last one is kept, because pairs ask for it twice."
@@ -259,7 +259,7 @@ def _drop_oldest(messages: list[dict]) -> list[dict] | None:
     rest = messages[later[0]:] if later else []
     return system + rest if any(m["role"] == "assistant" for m in rest) else None
 
-# %% ../../nbs/engine/07_encoding.ipynb #9ccaae49
+# %% ../../nbs/engine/07_encoding.ipynb #e673c2aa
 class Conversations(Window):
     "Turns whatever a row calls its prompt into messages, and messages into ids and mask."
 
@@ -274,8 +274,9 @@ class Conversations(Window):
         messages = self._as_messages(messages)
         turns = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant"]
         for i in turns:
-            if not str(messages[i].get("content") or "").strip() and not messages[i].get("tool_calls"):
-                raise DataError("completion is empty", field=f"messages[{i}].content", found=messages[i].get("content"), wanted="text")
+            content = messages[i].get("content")
+            if not str(content or "").strip() and not messages[i].get("tool_calls"):
+                raise DataError("completion is empty", field=f"messages[{i}].content", found=content, wanted="text")
         if not turns:
             raise DataError("no assistant turn to learn from", field="messages", found=[m["role"] for m in messages])
         self._count_specials(messages)
@@ -352,7 +353,7 @@ class Encoder(Conversations):
         "The report's counts."
         return self.report.counts
 
-# %% ../../nbs/engine/07_encoding.ipynb #17b88daa
+# %% ../../nbs/engine/07_encoding.ipynb #6890db55
 def token_texts(
     tokenizer,      # a transformers tokenizer
     ids,            # (T,) token ids
@@ -376,11 +377,12 @@ class ColouredTokens:
 
     def _repr_html_(self) -> str:
         target = "background:rgba(255,150,0,.38);border-radius:3px;box-shadow:inset 0 -2px rgba(230,120,0,.9)"
+        block = "font-family:monospace;white-space:pre-wrap;line-height:1.7;margin:.3em 0"
         rows = []
         for texts, mask in self.sequences:
             spans = (f'<span style="{target if m else "opacity:.75"};margin-right:1px">'
                      f'{html.escape(t).replace(chr(10), "⏎<br>")}</span>' for t, m in zip(texts, mask, strict=True))
-            rows.append(f'<div style="font-family:monospace;white-space:pre-wrap;line-height:1.7;margin:.3em 0">{"".join(spans)}</div>')
+            rows.append(f'<div style="{block}">{"".join(spans)}</div>')
         return "".join(rows)
 
     def __repr__(self) -> str:

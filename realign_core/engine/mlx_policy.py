@@ -28,7 +28,7 @@ from ..errors import CheckpointError, ModelError, TrainingError
 # %% auto #0
 __all__ = ['LOGIT_BYTES', 'rope_settings', 'stop_tokens', 'adamw', 'MLXPolicy']
 
-# %% ../../nbs/engine/04_mlx.ipynb #9d25be42
+# %% ../../nbs/engine/04_mlx.ipynb #022262d5
 def rope_settings(
     config: dict, # a snapshot's config.json
 ) -> dict:        # entries to add for mlx-lm
@@ -41,7 +41,7 @@ def rope_settings(
         extra["rope_scaling"] = {**rope, "type": rope["rope_type"]}
     return extra
 
-# %% ../../nbs/engine/04_mlx.ipynb #f622c3fb
+# %% ../../nbs/engine/04_mlx.ipynb #22fa92d6
 def _load_model(folder: Path, config: dict, dtype: str | None) -> nn.Module:
     "The mlx-lm model of a snapshot; raises `ModelError`."
     from mlx_lm.utils import load_model
@@ -61,7 +61,7 @@ def _load_model(folder: Path, config: dict, dtype: str | None) -> nn.Module:
     model.eval()
     return model
 
-# %% ../../nbs/engine/04_mlx.ipynb #3a7727ab
+# %% ../../nbs/engine/04_mlx.ipynb #be9534e7
 def _use_tanh_gelu(model: nn.Module) -> None:
     "Give each block of a Gemma model the tanh form of GELU."
     kind = type(model.model.layers[0].mlp)
@@ -72,12 +72,12 @@ def _use_tanh_gelu(model: nn.Module) -> None:
     for layer in model.model.layers:
         layer.mlp.__class__ = TanhMLP
 
-# %% ../../nbs/engine/04_mlx.ipynb #0c376ba5
+# %% ../../nbs/engine/04_mlx.ipynb #62cc80f4
 def _sliding_window(config: dict) -> int | None:
     "How many tokens back every layer sees, where mlx-lm does not heed it."
     return config.get("sliding_window") if config.get("model_type") in ("mistral", "phi3") else None
 
-# %% ../../nbs/engine/04_mlx.ipynb #0a99cefc
+# %% ../../nbs/engine/04_mlx.ipynb #14e4fd8d
 def _load_tokenizer(folder: Path) -> Any:
     "The snapshot's fast tokenizer; raises `ModelError`."
     from transformers import AutoTokenizer
@@ -101,7 +101,7 @@ def stop_tokens(
         found.append(ChatTokens(tokenizer).end_of_turn)
     return {i for i in found if i is not None}
 
-# %% ../../nbs/engine/04_mlx.ipynb #f85c4d3c
+# %% ../../nbs/engine/04_mlx.ipynb #52378beb
 class _Through:
     "Looks like a backbone, returns what it is given."
 
@@ -117,7 +117,7 @@ class _Head:
     def __getattr__(self, name): return getattr(self._model, name)
     def __call__(self, hidden): return type(self._model).__call__(self, hidden)
 
-# %% ../../nbs/engine/04_mlx.ipynb #1bc93be2
+# %% ../../nbs/engine/04_mlx.ipynb #81b61774
 def _check_head(model: nn.Module, head: _Head, folder: Path) -> None:
     "Raises `ModelError` unless head(backbone(x)) equals model(x)."
     ids = mx.arange(1, 6)[None]
@@ -129,7 +129,7 @@ def _check_head(model: nn.Module, head: _Head, folder: Path) -> None:
     if not same:
         raise ModelError(f"{folder}: the output layer of {type(model).__module__} depends on more than the hidden states")
 
-# %% ../../nbs/engine/04_mlx.ipynb #f402f3fd
+# %% ../../nbs/engine/04_mlx.ipynb #e44969f4
 def _causal(rows: mx.array, columns: mx.array, window: int | None) -> mx.array:
     "Boolean (rows, columns): may the token at position `row` see the one at `column`?"
     keep = columns[None] <= rows[:, None]
@@ -158,7 +158,7 @@ class _NoCache:
             keep = keep & (self.segments[:, None, :, None] == self.segments[:, None, None, :])
         return _as_mask(keep, self.dtype)
 
-# %% ../../nbs/engine/04_mlx.ipynb #eb84326d
+# %% ../../nbs/engine/04_mlx.ipynb #27102942
 class _Cache:
     "Keys and values of left-padded rows, in buffers of fixed length."
 
@@ -184,7 +184,7 @@ class _Cache:
         "Keep, drop or repeat rows."
         self.padding, self.keys, self.values = self.padding[rows], self.keys[rows], self.values[rows]
 
-# %% ../../nbs/engine/04_mlx.ipynb #91dcbece
+# %% ../../nbs/engine/04_mlx.ipynb #4f2f70b4
 def _exp(x: mx.array) -> mx.array:
     "The exponential, by the faster of MLX's two roads."
     return mx.exp(x) if mx.default_device().type == mx.gpu else mx.power(mx.array(math.e, mx.float32), x)
@@ -208,7 +208,7 @@ def _entropies(logits: mx.array, targets: mx.array) -> mx.array: # (N, V), unuse
     total = _log_normaliser(logits)
     return (total - mx.sum(_exp(logits - total) * logits, axis=-1, keepdims=True))[:, 0]
 
-# %% ../../nbs/engine/04_mlx.ipynb #41b301f1
+# %% ../../nbs/engine/04_mlx.ipynb #bce37247
 def adamw(
     weight: mx.array,                      # present value, float32
     gradient: mx.array,                    # same shape
@@ -224,12 +224,21 @@ def adamw(
     update = mean / (mx.sqrt(square) / math.sqrt(1 - b2**count) + settings.eps)
     return (1 - lr * settings.weight_decay) * weight - lr / (1 - b1**count) * update, (mean, square)
 
-# %% ../../nbs/engine/04_mlx.ipynb #a2683b48
+# %% ../../nbs/engine/04_mlx.ipynb #bb218ed4
 class _Loaded:
     "Model, tokenizer, adapters."
     backend = "mlx"
 
-    def __init__(self, folder, *, source=None, lora=None, adapter=None, dtype=None, seed=0, threads=None):
+    def __init__(self,
+        folder: str | Path,                # a snapshot, as `find_snapshot` returns it
+        *,
+        source: str | None = None,         # the name it was asked for by; None: the folder
+        lora: LoRA | None = None,          # fresh adapters; None: all weights train
+        adapter: str | Path | None = None, # a saved adapter, in either layout
+        dtype: str | None = None,          # None: float32 on a CPU, else the snapshot's
+        seed: int = 0,                     # for fresh adapters and for dropout
+        threads: int | None = None,        # of the BLAS on a Linux CPU; None: REALIGN_THREADS, else all cores
+    ):
         prepare_mlx(threads)
         self.folder, self.source, self.seed = Path(folder), source or str(folder), seed
         self.config = json.loads((self.folder / "config.json").read_text())
@@ -259,7 +268,7 @@ class _Loaded:
         size = sum(w.size for _, w in tree_flatten(self._model.parameters()))
         return f"MLXPolicy({self.source!r}, {size / 1e6:.2f}M parameters, {self.lora or 'full fine-tuning'})"
 
-# %% ../../nbs/engine/04_mlx.ipynb #c6ce24af
+# %% ../../nbs/engine/04_mlx.ipynb #16dcb95a
 class _Adapted(_Loaded):
     "LoRA and DoRA, with mlx-lm's layers."
 
@@ -314,7 +323,7 @@ class _Adapted(_Loaded):
         self._model.unfreeze()
         self._start()
 
-# %% ../../nbs/engine/04_mlx.ipynb #f75e630d
+# %% ../../nbs/engine/04_mlx.ipynb #2c0989b9
 class _Referring(_Adapted):
     "A frozen reference."
 
@@ -342,7 +351,7 @@ class _Referring(_Adapted):
             finally:
                 self._model.update(present)
 
-# %% ../../nbs/engine/04_mlx.ipynb #15164ec9
+# %% ../../nbs/engine/04_mlx.ipynb #5df40945
 LOGIT_BYTES = 64 * 2**20
 
 
@@ -402,7 +411,7 @@ class _Scoring(_Referring):
         self._model.update(tree_unflatten(weights))
         return mx.concatenate(parts)
 
-# %% ../../nbs/engine/04_mlx.ipynb #ae6f24df
+# %% ../../nbs/engine/04_mlx.ipynb #1a575903
 class _Scored(_Scoring):
     "The public verbs of scoring."
 
@@ -416,6 +425,22 @@ class _Scored(_Scoring):
     def entropy(self, batch: Batch) -> np.ndarray: # (B, T) float32
         "Entropy in nats of the distribution that each target was drawn from, 0 elsewhere; no gradient."
         return np.array(self._at_targets(_entropies, *self._arrays(batch)))
+
+# %% ../../nbs/engine/04_mlx.ipynb #b5e68f19
+class _Recorder:
+    "A layer that notes what goes in and what comes out."
+
+    def __init__(self, layer, seen): self._layer, self._seen = layer, seen
+    def __getattr__(self, name): return getattr(self._layer, name)
+
+    def __call__(self, hidden, *args, **kwargs):
+        out = self._layer(hidden, *args, **kwargs)
+        self._seen.append((hidden, out))
+        return out
+
+
+class _Watching(_Scored):
+    "Hidden states."
 
     def hidden_states(self, batch: Batch, layers: list[int] | None = None) -> np.ndarray: # (L+1, B, T, D) float32
         "Residual stream before each layer and after the last (before the final norm), or at chosen `layers`."
@@ -432,19 +457,7 @@ class _Scored(_Scoring):
         seen = [seen[0][0], *[after for _, after in seen]]
         return np.array(mx.stack([seen[i].astype(mx.float32) for i in chosen]))
 
-
-class _Recorder:
-    "A layer that notes what goes in and what comes out."
-
-    def __init__(self, layer, seen): self._layer, self._seen = layer, seen
-    def __getattr__(self, name): return getattr(self._layer, name)
-
-    def __call__(self, hidden, *args, **kwargs):
-        out = self._layer(hidden, *args, **kwargs)
-        self._seen.append((hidden, out))
-        return out
-
-# %% ../../nbs/engine/04_mlx.ipynb #0e398bc0
+# %% ../../nbs/engine/04_mlx.ipynb #d535d220
 def _choose_tokens(
     logps: mx.array,     # (R, V) log-probabilities at temperature 1
     uniform: mx.array,   # (R, 1) in [0, 1)
@@ -469,12 +482,13 @@ def _nucleus(probs: mx.array, top_p: float) -> mx.array:
     kept = mx.where(mx.cumsum(ordered, axis=-1) - ordered < top_p, ordered, 0.0)
     return mx.put_along_axis(mx.zeros_like(probs), order, kept, axis=-1)
 
-# %% ../../nbs/engine/04_mlx.ipynb #1013d79a
-class _Sampling(_Scored):
+# %% ../../nbs/engine/04_mlx.ipynb #ff89bf1d
+class _Sampling(_Watching):
     "Generation."
 
-    def generate(self, prompts, *, n=1, max_tokens=64, temperature=1.0, top_p=1.0, seed=0, batch_size=64):
-        "`n` completions for each prompt (token ids), as lists of `Completion`. Temperature 0 is greedy."
+    def generate(self, prompts: list[list[int]], *, n: int = 1, max_tokens: int = 64, temperature: float = 1.0,
+                 top_p: float = 1.0, seed: int = 0, batch_size: int = 64) -> list[list[Completion]]:
+        "`n` completions for each prompt (token ids). Temperature 0 is greedy."
         if temperature < 0 or not 0 < top_p <= 1:
             raise ModelError(f"temperature={temperature}, top_p={top_p}: wanted temperature >= 0 and 0 < top_p <= 1")
         for index, prompt in enumerate(prompts):
@@ -502,7 +516,7 @@ class _Sampling(_Scored):
             cache.select(rows)
         return logits[rows], caches
 
-# %% ../../nbs/engine/04_mlx.ipynb #b4a059a0
+# %% ../../nbs/engine/04_mlx.ipynb #b71cdca2
 class _Generating(_Sampling):
     "The decoding loop."
 
@@ -538,7 +552,7 @@ class _Generating(_Sampling):
         return Completion(ids, scores[:length].copy(), bool(ids) and ids[-1] in self.stops,
                           self.tokenizer.decode(ids, skip_special_tokens=True))
 
-# %% ../../nbs/engine/04_mlx.ipynb #6c020786
+# %% ../../nbs/engine/04_mlx.ipynb #bf60db2b
 class _Training(_Generating):
     "Gradients and steps."
 
@@ -608,7 +622,7 @@ def _number(x: Any) -> mx.array:
     "A scalar as an MLX array."
     return x if isinstance(x, mx.array) else mx.array(float(x))
 
-# %% ../../nbs/engine/04_mlx.ipynb #51d3782f
+# %% ../../nbs/engine/04_mlx.ipynb #bc40a958
 class _Stepping(_Training):
     "What happens to the gradients."
 
@@ -648,7 +662,7 @@ class _Stepping(_Training):
         mx.eval(new, self._moments, self._masters)
         return norm
 
-# %% ../../nbs/engine/04_mlx.ipynb #60f24274
+# %% ../../nbs/engine/04_mlx.ipynb #1200d689
 def _write_arrays(path: Path, arrays: dict[str, mx.array], **notes: Any) -> None:
     "A safetensors file; raises OSError when that fails."
     try:
@@ -666,7 +680,7 @@ def _stored_names(folder: Path) -> set[str]:
             names |= set(file.keys())
     return names
 
-# %% ../../nbs/engine/04_mlx.ipynb #6b345058
+# %% ../../nbs/engine/04_mlx.ipynb #de80771a
 class _Saving(_Stepping):
     "Adapters and snapshots."
 
@@ -702,7 +716,7 @@ def _plain_rope(config: dict) -> dict:
     "The base of the rotary angles at the top of config.json, where mlx-lm's models look for it."
     return {k: v for k, v in rope_settings(config).items() if k == "rope_theta"}
 
-# %% ../../nbs/engine/04_mlx.ipynb #0a907b9b
+# %% ../../nbs/engine/04_mlx.ipynb #ffe42653
 class _Resuming(_Saving):
     "The state of a run."
 
@@ -744,9 +758,9 @@ class _Resuming(_Saving):
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
-
+# %% ../../nbs/engine/04_mlx.ipynb #bd63135b
 class MLXPolicy(_Resuming):
-    "The policy in MLX. Arguments as in `load`; raises `ModelError` when the snapshot or adapter does not fit."
+    "An mlx-lm model, with its adapters if wanted, behind the `Policy` protocol."
 
     def close(self) -> None:
         "Free what the policy holds."

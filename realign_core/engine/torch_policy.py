@@ -28,8 +28,8 @@ from .policy import AdamW, Batch, Completion, LoRA, Objective
 # %% auto #0
 __all__ = ['CHUNK_BYTES', 'pick_device', 'own_random', 'load_model', 'target_states', 'Head', 'target_logps', 'scatter',
            'check_packing', 'sampling_noise', 'choose', 'nucleus', 'stop_tokens', 'prefill', 'Written', 'decode',
-           'adapted_layers', 'add_adapters', 'layer_parameters', 'write_layer', 'TorchPolicy', 'window',
-           'load_tokenizer']
+           'adapted_layers', 'add_adapters', 'layer_parameters', 'write_layer', 'window', 'load_tokenizer',
+           'TorchPolicy']
 
 # %% ../../nbs/engine/03_torch.ipynb #cecdbe8c
 def pick_device() -> torch.device:
@@ -265,7 +265,7 @@ def decode(
                                   position_ids=positions[:, None], past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
         positions = positions + 1
 
-# %% ../../nbs/engine/03_torch.ipynb #2f5ab3e0
+# %% ../../nbs/engine/03_torch.ipynb #809b1bce
 def adapted_layers(
     model: nn.Module,
     targets: tuple[str, ...],  # endings of paths, or whole paths
@@ -283,7 +283,7 @@ def adapted_layers(
     wanted = {p for paths in found.values() for p in paths}
     return [p for p in linear if p in wanted]
 
-
+# %% ../../nbs/engine/03_torch.ipynb #b0d2e413
 def add_adapters(
     model: nn.Module,
     lora: LoRA,
@@ -306,7 +306,7 @@ def add_adapters(
     wrapper.eval()
     return wrapper, layers
 
-# %% ../../nbs/engine/03_torch.ipynb #c75cb066
+# %% ../../nbs/engine/03_torch.ipynb #381a5240
 def layer_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     "The trainable arrays of an adapted layer by the end of PEFT's name: A (r, in), B (out, r) and, for DoRA, m (out,)."
     found = {"lora_A.weight": layer.lora_A["default"].weight, "lora_B.weight": layer.lora_B["default"].weight}
@@ -325,7 +325,7 @@ def write_layer(path: str, layer: nn.Module, arrays: tuple) -> None:
         with torch.no_grad():
             parameter.copy_(torch.from_numpy(np.ascontiguousarray(array)))
 
-# %% ../../nbs/engine/03_torch.ipynb #c09b6a94
+# %% ../../nbs/engine/03_torch.ipynb #18fa8dd6
 class _Preparing:
     "From a batch of NumPy arrays to hidden states at its targets."
 
@@ -357,7 +357,7 @@ class _Preparing:
         states = target_states(model or self.model, batch.ids[:, :used], batch.mask[:, :used], positions)
         return states, batch.ids[batch.mask].long()
 
-# %% ../../nbs/engine/03_torch.ipynb #5a0a6b9a
+# %% ../../nbs/engine/03_torch.ipynb #10ce4eac
 class _Scoring(_Preparing):
     "score, entropy."
 
@@ -377,7 +377,7 @@ class _Scoring(_Preparing):
                  for h in self._states(prepared)[0].split(max(1, CHUNK_BYTES // (4 * self.head.vocab)))]
         return scatter(torch.cat(parts), prepared.mask).cpu().numpy()
 
-# %% ../../nbs/engine/03_torch.ipynb #1ce691da
+# %% ../../nbs/engine/03_torch.ipynb #2e899d39
 class _States:
     "hidden_states."
 
@@ -411,7 +411,7 @@ class _States:
         def tensor(x): return None if x is None else torch.tensor(np.asarray(x), device=self.device).long()
         self.model.base_model(input_ids=tensor(batch.ids), position_ids=tensor(batch.positions), use_cache=False)
 
-# %% ../../nbs/engine/03_torch.ipynb #586560cf
+# %% ../../nbs/engine/03_torch.ipynb #76f83a3b
 class _Referring:
     "freeze_reference, and the use of it."
 
@@ -432,7 +432,7 @@ class _Referring:
         else:
             yield self._frozen, Head(self._frozen)
 
-# %% ../../nbs/engine/03_torch.ipynb #6e03450f
+# %% ../../nbs/engine/03_torch.ipynb #089e2b33
 class _Sampling:
     "generate."
 
@@ -468,7 +468,7 @@ class _Sampling:
         return [Completion(tuple(k.tolist()), written.logps[r, :len(k)].copy(), int(k[-1]) in self.stops, text)
                 for r, (k, text) in enumerate(zip(kept, texts, strict=True))]
 
-# %% ../../nbs/engine/03_torch.ipynb #a56c0593
+# %% ../../nbs/engine/03_torch.ipynb #a2a4a590
 class _Learning:
     "backward, gradients."
 
@@ -510,7 +510,7 @@ class _Learning:
         return {f"base_model.model.{path}.{name}": p for path, layer in self._layers.items()
                 for name, p in layer_parameters(layer).items()}
 
-# %% ../../nbs/engine/03_torch.ipynb #c8f5a85f
+# %% ../../nbs/engine/03_torch.ipynb #b421ff32
 class _Stepping(_Learning):
     "configure, step."
 
@@ -549,7 +549,7 @@ class _Stepping(_Learning):
             if self._masters[name] is not p:
                 p.copy_(self._masters[name])
 
-# %% ../../nbs/engine/03_torch.ipynb #b1a89f3f
+# %% ../../nbs/engine/03_torch.ipynb #8ab18d99
 _KEPT_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
                "vocab.json", "merges.txt", "*.jinja")
 
@@ -561,6 +561,7 @@ class _Saving:
         "Write the adapter ('peft', the default, or 'mlx') or, without adapters, a whole snapshot; raises `OutputError`."
         if self.lora is not None:
             return write_adapter(folder, layout or "peft", self.lora, self._arrays(), self.source)
+        folder = Path(folder).expanduser()
         with staged_folder(folder) as stage, _quiet():
             self.model.save_pretrained(stage)
             for path in {p for pattern in _KEPT_FILES for p in self.folder.glob(pattern)}:
@@ -570,7 +571,11 @@ class _Saving:
             (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             if self.tokenizer.chat_template != self._template:
                 self.tokenizer.save_pretrained(stage)
-        return Path(folder).expanduser()
+            names = {path.name for path in stage.iterdir()}
+        for path in folder.glob("model*.safetensors*"):  # of an earlier save, in more or fewer pieces
+            if path.name not in names:
+                path.unlink()
+        return folder
 
     def _arrays(self) -> Tensors:
         "The adapters as float32 arrays."
@@ -587,9 +592,9 @@ class _Saving:
         self.lora, self._wrapper, self._layers, self._optimizer, self._masters = None, None, {}, None, {}
         self.head = Head(self.model)
 
-# %% ../../nbs/engine/03_torch.ipynb #c04c297f
-class _Resuming:
-    "save_state, load_state."
+# %% ../../nbs/engine/03_torch.ipynb #8f29592a
+class _Remembering:
+    "save_state."
 
     def save_state(self, folder: str | Path) -> None:
         "Write trainable weights, optimiser and random state, for an exact resume; raises `OutputError`."
@@ -607,6 +612,10 @@ class _Resuming:
         "What must agree between a saved state and the policy that reads it."
         return {"backend": self.backend, "source": self.source, "lora": asdict(self.lora) if self.lora else None,
                 "optimizer": asdict(self._settings), "seed": self.seed}
+
+# %% ../../nbs/engine/03_torch.ipynb #c4e913db
+class _Resuming(_Remembering):
+    "load_state."
 
     def load_state(self, folder: str | Path) -> None:
         "Read what `save_state` wrote; raises `CheckpointError` when it is missing, damaged, or another run's."
@@ -639,8 +648,41 @@ class _Resuming:
                 self._optimizer.state[p] = {key: moments[f"{name}.{key}"].to(p.device).clone() for key in keys}
         self._copy_masters()
 
-# %% ../../nbs/engine/03_torch.ipynb #85a3749b
-class TorchPolicy(_Scoring, _States, _Referring, _Sampling, _Stepping, _Saving, _Resuming):
+# %% ../../nbs/engine/03_torch.ipynb #cadd7faf
+class _Checking:
+    "The check at the end of loading."
+
+    @torch.no_grad()
+    def _self_check(self) -> None:
+        "Compare `score` with the model's own logits on eight tokens; raises `ModelError` when they differ."
+        ids = np.random.default_rng(0).integers(0, self.head.vocab, (1, 8), dtype=np.int32)
+        mask = np.arange(8)[None] > 0
+        logits = self.model(torch.from_numpy(ids).long().to(self.device), use_cache=False).logits[0, :-1].float()
+        plain = logits.log_softmax(-1)[np.arange(7), ids[0, 1:]].cpu().numpy()
+        error = np.abs(self.score(Batch(ids, mask))[0, 1:] - plain).max()
+        if not error <= (1e-3 if self.model.dtype == torch.float32 else 0.25):
+            raise ModelError(f"{self.source}: log-probabilities differ from the model's own by {error:.3g}; "
+                             f"{self.config.get('model_type')} changes its logits in a way that is not supported")
+
+# %% ../../nbs/engine/03_torch.ipynb #d6cc8cc4
+def window(config) -> int:
+    "The longest sequence that the model's positions allow, in tokens."
+    config = config.get_text_config()
+    known = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((int(k) for k in known if k), 2**31)
+
+
+def load_tokenizer(folder: Path):
+    "The snapshot's fast tokenizer; raises `ModelError`."
+    from transformers import AutoTokenizer
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error})") from error
+
+# %% ../../nbs/engine/03_torch.ipynb #42eb24aa
+class TorchPolicy(_Scoring, _States, _Referring, _Sampling, _Stepping, _Saving, _Resuming, _Checking):
     "A transformers model, with peft's adapters if wanted, behind the `Policy` protocol."
     backend = "torch"
 
@@ -674,18 +716,6 @@ class TorchPolicy(_Scoring, _States, _Referring, _Sampling, _Stepping, _Saving, 
         self.head = Head(self.model)
         self._self_check()
 
-    @torch.no_grad()
-    def _self_check(self) -> None:
-        "Compare `score` with the model's own logits on eight tokens; raises `ModelError` when they differ."
-        ids = np.random.default_rng(0).integers(0, self.head.vocab, (1, 8), dtype=np.int32)
-        mask = np.arange(8)[None] > 0
-        logits = self.model(torch.from_numpy(ids).long().to(self.device), use_cache=False).logits[0, :-1].float()
-        plain = logits.log_softmax(-1)[np.arange(7), ids[0, 1:]].cpu().numpy()
-        error = np.abs(self.score(Batch(ids, mask))[0, 1:] - plain).max()
-        if not error <= (1e-3 if self.model.dtype == torch.float32 else 0.25):
-            raise ModelError(f"{self.source}: log-probabilities differ from the model's own by {error:.3g}; "
-                             f"{self.config.get('model_type')} changes its logits in a way that is not supported")
-
     def __repr__(self) -> str:
         if self.model is None:
             return f"TorchPolicy({self.source}, closed)"
@@ -699,20 +729,3 @@ class TorchPolicy(_Scoring, _States, _Referring, _Sampling, _Stepping, _Saving, 
         self._layers, self._masters = {}, {}
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-# %% ../../nbs/engine/03_torch.ipynb #9b268e6b
-def window(config) -> int:
-    "The longest sequence that the model's positions allow, in tokens."
-    config = config.get_text_config()
-    known = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
-    return next((int(k) for k in known if k), 2**31)
-
-
-def load_tokenizer(folder: Path):
-    "The snapshot's fast tokenizer; raises `ModelError`."
-    from transformers import AutoTokenizer
-    try:
-        with _quiet():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error})") from error

@@ -486,7 +486,7 @@ def _write_arrays(path: Path | None, arrays: dict[str, np.ndarray]) -> None:
             finally:
                 draft.unlink(missing_ok=True)
 
-# %% ../../nbs/engine/09_fit.ipynb #992bcbdf
+# %% ../../nbs/engine/09_fit.ipynb #597005c6
 UNITS = {"loss": "loss (nats)", "nll": "NLL (nats per token)", "lr": "learning rate", "grad_norm": "gradient norm",
          "accuracy": "share of pairs", "margin": "margin (nats)", "chosen_change": "chosen, change (nats)",
          "rejected_change": "rejected, change (nats)", "chosen_logp": "chosen (nats)", "rejected_logp": "rejected (nats)",
@@ -498,13 +498,13 @@ def _curve(axis, steps: list[int], values: list[float], held_out: bool) -> None:
     if held_out:
         axis.plot(steps, values, "o-", color="#c0392b", markersize=3, label="held out")
         return
-    window = len(values) // 20
-    if window < 3:
+    window = len(values) // 20 | 1  # odd, so that the mean stands over its middle
+    if window < 3 or np.ptp(np.diff(values)) < 0.1 * np.ptp(values):
         axis.plot(steps, values, color="#2c6fbb", label="training")
         return
     axis.plot(steps, values, color="#2c6fbb", linewidth=1, alpha=0.35)
     smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-    axis.plot(steps[window - 1:], smooth, color="#2c6fbb", label=f"training, mean of {window}")
+    axis.plot(steps[window // 2: -(window // 2)], smooth, color="#2c6fbb", label=f"training, mean of {window}")
 
 
 def _figure(run: Run, names: tuple[str, ...]):
@@ -528,7 +528,7 @@ def _figures(summary: dict, watch: tuple[str, ...]) -> list[tuple[str, str]]:
     return [(k.replace("eval_", "held-out ").replace("_", " "), text(v)) for k, v in summary.items()
             if v is not None and (not k.startswith("eval_") or k in shown)]
 
-# %% ../../nbs/engine/09_fit.ipynb #4dfc6e72
+# %% ../../nbs/engine/09_fit.ipynb #aae870eb
 @dataclass
 class Run:
     "A training run: what it trained, its history, its figures."
@@ -550,7 +550,7 @@ class Run:
         return cls(None, read_log(folder), kept.get("summary", {}), folder, kept["settings"], tuple(kept["watch"]))
 
     def load_policy(self):
-        "The policy as the newest checkpoint left it."
+        "The policy as the newest checkpoint left it, for one that was trained straight from its source."
         from realign_core.engine.policy import LoRA, load
         checkpoint = newest_checkpoint(self.folder) if self.folder else None
         if checkpoint is None:
@@ -764,14 +764,15 @@ def _resume_point(folder: Path | None, begun: bool, settings: Settings, start_va
         return None, fresh
     return checkpoint, json.loads((checkpoint / "position.json").read_text())
 
-# %% ../../nbs/engine/09_fit.ipynb #33643045
+# %% ../../nbs/engine/09_fit.ipynb #9de87020
 class _Loop:
     "One run, ready to go on from its newest checkpoint."
 
     def __init__(self, policy, method, settings: Settings, train, held_out, order, folder: Path | None, progress: bool):
-        self.policy, self.method, self.s, self.order, self.folder, self.progress = policy, method, settings, order, folder, progress
+        self.policy, self.method, self.s, self.order = policy, method, settings, order
+        self.folder, self.progress = folder, progress
         self.pad_id = getattr(policy.tokenizer, "pad_token_id", None) or 0
-        first = collate([train[i] for i in order[0]], self.pad_id)
+        first = collate([train[i] for i in micro_batches(order[0], settings.micro_batch)[0]], self.pad_id)
         start_value = float(policy.score(first).sum() / max(1, first.targets))
         begun = folder is not None and str(folder.resolve()) in _begun.get(policy, ())
         checkpoint, self.state = _resume_point(folder, begun, settings, start_value)
