@@ -14,6 +14,9 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a clone that is not installed
 
 VARIANTS = {"mlx, stock wheel": ("mlx", "off"), "mlx, real BLAS": ("mlx", "auto"), "torch": ("torch", "off")}
 TARGETS = {"matmul, real / stock": (10.0, None), "step, stock / real": (5.0, None), "step, real / torch": (None, 3.0)}
@@ -72,8 +75,8 @@ def measure(backend: str, model: str, threads: int, repeats: int) -> dict[str, f
 def spawn(backend: str, blas: str, args: argparse.Namespace) -> dict[str, float]:
     "The same in a fresh process."
     count = str(args.threads)
-    env = {**os.environ, "REALIGN_BLAS": blas, "REALIGN_THREADS": count, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count,
-           "OPENBLAS_NUM_THREADS": count, "PYTHONPATH": os.pathsep.join(["."] + os.environ.get("PYTHONPATH", "").split(os.pathsep))}
+    threads = {f"{name}_NUM_THREADS": count for name in ("OMP", "MKL", "OPENBLAS")}
+    env = {**os.environ, **threads, "REALIGN_BLAS": blas, "REALIGN_THREADS": count}
     command = [sys.executable, __file__, "--inside", backend, "--model", args.model, "--threads", count]
     return json.loads(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 

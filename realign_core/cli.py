@@ -21,11 +21,14 @@ from .errors import GateFailed, OutputError, ReAlignError
 from .notebook import interval_text, run_folder
 
 # %% auto #0
-__all__ = ['notebooks_folder', 'Notebook', 'read_notebook', 'list_notebooks', 'find_notebook', 'read_value', 'check_parameters',
-           'Outcome', 'run_notebook', 'summary', 'text_table', 'list_command', 'run_command', 'report_command',
-           'parser', 'main']
+__all__ = ['ROOMS', 'notebooks_folder', 'Notebook', 'read_notebook', 'list_notebooks', 'find_notebook', 'read_value',
+           'check_parameters', 'Outcome', 'run_notebook', 'summary', 'text_table', 'list_command', 'run_command',
+           'report_command', 'parser', 'main']
 
-# %% ../nbs/engine/12_command_line.ipynb #6629d710
+# %% ../nbs/engine/12_command_line.ipynb #005a8a09
+ROOMS = ("start", "engine", "data", "rewards", "methods", "evaluate", "workflows", "hardware")  # the curriculum's order
+
+
 def notebooks_folder() -> Path:
     "The `nbs` folder of the checkout; raises `ReAlignError` when there is none."
     here = Path.cwd().resolve()
@@ -84,12 +87,16 @@ def _assignments(source: str) -> dict[str, Any]:
     return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
 
-# %% ../nbs/engine/12_command_line.ipynb #a44c342a
+# %% ../nbs/engine/12_command_line.ipynb #a347c5e7
 def list_notebooks(folder: str | Path | None = None) -> list[Notebook]:
     "All notebooks under `folder` (default: the checkout's), in the order of rooms and numbers."
     folder = Path(folder or notebooks_folder())
     paths = [p for p in folder.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(folder).parts)]
-    return [read_notebook(p) for p in sorted(paths, key=lambda p: (p.parent != folder, p.parent.as_posix(), p.name))]
+
+    def place(path):  # the front page, then the rooms in their order, then whatever else there is
+        room = path.parent.name
+        return path.parent != folder, ROOMS.index(room) if room in ROOMS else len(ROOMS), room, path.name
+    return [read_notebook(p) for p in sorted(paths, key=place)]
 
 
 def find_notebook(name: str, folder: str | Path | None = None) -> Notebook:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -51,8 +52,9 @@ def make_batch(seed=0, rows=6, width=18, vocab=300):
     return Batch(ids, mask, extras={"ref_logps": ref}, group=2, rows=tuple(range(1, rows // 2 + 1)))
 
 
-OBJECTIVES = {"sft": sft.objective, **{f"dpo-{kind}": partial(dpo.objective, kind=kind, smoothing=0.1 * (kind in ("cdpo", "robust")))
-                                       for kind in dpo.KINDS}, "dpo-average-nll": partial(dpo.objective, average=True, nll=0.5)}
+SMOOTHING = {"cdpo": 0.1, "robust": 0.1}
+OBJECTIVES = {"sft": sft.objective, "dpo-average-nll": partial(dpo.objective, average=True, nll=0.5),
+              **{f"dpo-{kind}": partial(dpo.objective, kind=kind, smoothing=SMOOTHING.get(kind, 0.0)) for kind in dpo.KINDS}}
 
 
 def distance(a, b):
@@ -126,8 +128,8 @@ def numpy_llama(weights, config, ids, mask):
     angles = np.arange(length)[:, None] * config["rope_theta"] ** (-np.arange(0, size, 2) / size)
     def split(x, n): return x.reshape(rows, length, n, size).transpose(0, 2, 1, 3)
     def rotate(x):
-        left, right = np.split(x, 2, -1)
-        return np.concatenate([left * np.cos(angles) - right * np.sin(angles), right * np.cos(angles) + left * np.sin(angles)], -1)
+        (left, right), cos, sin = np.split(x, 2, -1), np.cos(angles), np.sin(angles)
+        return np.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
     h = weights["model.embed_tokens.weight"][ids]
     for i in range(config["num_hidden_layers"]):
         w = {k: weights[f"model.layers.{i}.{k}.weight"].T for k in (
@@ -155,7 +157,7 @@ def test_both_agree_with_numpy_in_float64(snapshot, name):
     folder, batch, rng = snapshot(), make_batch(seed=4), np.random.default_rng(1)
     config = json.loads((folder / "config.json").read_text())
     weights = {k: v.astype(np.float64) for k, v in read_safetensors(folder / "model.safetensors").items()}
-    exact = Batch(batch.ids, batch.mask, extras={"ref_logps": batch.extras["ref_logps"].astype(np.float64)}, group=2, rows=batch.rows)
+    exact = replace(batch, extras={"ref_logps": batch.extras["ref_logps"].astype(np.float64)})
     def loss(step, way):
         moved = {k: w + step * way[k] for k, w in weights.items()}
         return float(OBJECTIVES[name](numpy_llama(moved, config, batch.ids, batch.mask), exact)[0])

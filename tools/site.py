@@ -15,12 +15,10 @@ import re
 import sys
 from pathlib import Path
 
+from realign_core.cli import ROOMS, list_notebooks
+
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
-
-# The order of the rooms is the order of the curriculum, which the alphabet does not know.
-ROOMS = {"start": "Start", "engine": "Engine", "data": "Data", "rewards": "Rewards", "methods": "Methods",
-         "evaluate": "Evaluate", "workflows": "Workflows", "hardware": "Hardware"}
 
 
 def hide_default_exp(cell) -> None:
@@ -64,14 +62,18 @@ def readme() -> str:
 
 def sidebar() -> str:
     "The site's sidebar: the rooms, and in each of them its notebooks in order."
-    lines = ["# Written by `make site`.", "website:", "  sidebar:", "    contents:", "      - index.ipynb"]
-    unknown = {p.parent.name for p in NBS.glob("*/*.ipynb") if p.parent.name[0] not in "._"} - set(ROOMS)
-    if unknown:
-        raise SystemExit(f"tools/site.py: no place in the sidebar for the room {sorted(unknown)[0]!r}; add it to ROOMS")
-    for room, title in ROOMS.items():
-        notebooks = sorted((NBS / room).glob("*.ipynb"))
-        if notebooks:
-            lines += [f"      - section: {title}", "        contents:", *[f"          - {room}/{p.name}" for p in notebooks]]
+    lines, rooms = ["# Written by `make site`.", "website:", "  sidebar:", "    contents:"], []
+    for notebook in list_notebooks(NBS):
+        path, room = notebook.path.relative_to(NBS).as_posix(), notebook.room
+        if "/" not in path:
+            lines.append(f"      - {path}")
+            continue
+        if room not in ROOMS:
+            raise SystemExit(f"{path}: the room {room!r} has no place yet; add it to ROOMS in nbs/engine/12_command_line.ipynb")
+        if room not in rooms:
+            rooms.append(room)
+            lines += [f"      - section: {room.capitalize()}", "        contents:"]
+        lines.append(f"          - {path}")
     return "\n".join(lines) + "\n"
 
 

@@ -95,7 +95,7 @@ def _redirect(path: str, old: int, new: int) -> int: # number of pointers change
             changed += 1
     return changed
 
-# %% ../../nbs/engine/05_blas.ipynb #3b29840f
+# %% ../../nbs/engine/05_blas.ipynb #c966d8ec
 def _product_is_right() -> bool:
     "Compare small MLX products with NumPy's, and bind MLX's pointers to BLAS on the way."
     import mlx.core as mx
@@ -108,7 +108,7 @@ def _product_is_right() -> bool:
             return False
     return True
 
-
+# %% ../../nbs/engine/05_blas.ipynb #b1b482f3
 def _install(path: str) -> ctypes.CDLL | None: # the library, or None if it does not serve
     "Make MLX call the matrix products of the library at `path`."
     mlx = _mlx_library()
@@ -121,7 +121,7 @@ def _install(path: str) -> ctypes.CDLL | None: # the library, or None if it does
     for letter in "sd":
         old, new = _address(with_old, f"cblas_{letter}gemm"), _address(library, *_spellings(f"cblas_{letter}gemm"))
         where = mlx
-        if new is None:  # no C interface: netlib's stays, and its call of the Fortran one is redirected
+        if new is None:
             where = _file_of(old)
             old, new = _address(ctypes.CDLL(where), f"{letter}gemm_"), _address(library, f"{letter}gemm_")
         if new is None or not _redirect(where, old, new):
@@ -133,7 +133,7 @@ def _install(path: str) -> ctypes.CDLL | None: # the library, or None if it does
         _redirect(where, new, old)
     return None
 
-
+# %% ../../nbs/engine/05_blas.ipynb #7a4a82bf
 def _spellings(name: str) -> tuple[str, str]:
     "A name, and the same with SciPy's prefix."
     return name, f"scipy_{name}"
@@ -146,7 +146,7 @@ def _mlx_library() -> str:
             return line.split(maxsplit=5)[5]
     raise BackendError("mlx.core is imported, but libmlx.so is not among the loaded libraries")
 
-# %% ../../nbs/engine/05_blas.ipynb #ab294ecd
+# %% ../../nbs/engine/05_blas.ipynb #1de1205f
 _THREAD_SETTERS = ("scipy_openblas_set_num_threads", "openblas_set_num_threads", "bli_thread_set_num_threads",
                    "MKL_Set_Num_Threads", "mkl_serv_set_num_threads")
 
@@ -163,7 +163,7 @@ def _default_threads() -> int:
     "`REALIGN_THREADS`, else every core that this process may use."
     return int(os.environ.get("REALIGN_THREADS", 0)) or len(os.sched_getaffinity(0))
 
-# %% ../../nbs/engine/05_blas.ipynb #9635316c
+# %% ../../nbs/engine/05_blas.ipynb #ecd2dbf9
 @dataclass(frozen=True)
 class Blas:
     "The library that does MLX's matrix products."
@@ -174,7 +174,7 @@ class Blas:
 
 _active: tuple[Blas, ctypes.CDLL] | None = None
 _looked = False
-ADVICE = ("MLX multiplies matrices on this machine with its built-in reference BLAS, ten to twenty times slower than "
+ADVICE = ("MLX multiplies matrices on this machine with its built-in reference BLAS, ten to thirty times slower than "
           "need be; run: pip install scipy-openblas32")
 
 
@@ -196,7 +196,7 @@ def prepare_mlx(
     _active = blas, _active[1]
     return blas
 
-# %% ../../nbs/engine/05_blas.ipynb #618a6a6b
+# %% ../../nbs/engine/05_blas.ipynb #3f199ffe
 def _choose(wanted: str) -> tuple[Blas, ctypes.CDLL] | None:
     "Install the first candidate that works."
     try:
@@ -226,7 +226,7 @@ def _slow_blas() -> bool:
              for start, end, _ in _mapped(mlx))
     return any((w == address).any() for w in words)
 
-# %% ../../nbs/engine/05_blas.ipynb #f51bcd31
+# %% ../../nbs/engine/05_blas.ipynb #7d8a7852
 def matmul_rate(
     n: int = 1024,    # width of the square matrices
     repeats: int = 5, # the fastest of these counts

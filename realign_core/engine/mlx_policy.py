@@ -268,7 +268,23 @@ class _Loaded:
         size = sum(w.size for _, w in tree_flatten(self._model.parameters()))
         return f"MLXPolicy({self.source!r}, {size / 1e6:.2f}M parameters, {self.lora or 'full fine-tuning'})"
 
-# %% ../../nbs/engine/04_mlx.ipynb #16dcb95a
+# %% ../../nbs/engine/04_mlx.ipynb #2906c6f2
+def _make_adapter(name: str, layer: nn.Module, lora: LoRA, seed: int, a, b, m) -> nn.Module:
+    "mlx-lm's adapter around one layer: new where `a` is None, else with the arrays A (r, in), B (out, r), m (out,)."
+    from mlx_lm.tuner.dora import DoRALinear
+    from mlx_lm.tuner.lora import LoRALinear
+    module = (DoRALinear if lora.dora else LoRALinear).from_base(layer, r=lora.rank, scale=lora.scale)
+    (inputs, _), (_, outputs) = module.lora_a.shape, module.lora_b.shape
+    a = lora.initial_a(name, inputs, seed) if a is None else a
+    b = np.zeros((outputs, lora.rank), np.float32) if b is None else b
+    if a.shape[1] != inputs or b.shape[0] != outputs:
+        raise ModelError(f"the adapter of {name} maps {a.shape[1]} inputs to {b.shape[0]}; the layer maps {inputs} to {outputs}")
+    module.lora_a, module.lora_b, module.dropout = mx.array(a.T), mx.array(b.T), nn.Identity()
+    if m is not None:
+        module.m = mx.array(m)
+    return module
+
+# %% ../../nbs/engine/04_mlx.ipynb #986de0cd
 class _Adapted(_Loaded):
     "LoRA and DoRA, with mlx-lm's layers."
 
@@ -282,31 +298,15 @@ class _Adapted(_Loaded):
         if missing := [n for n in names if n not in linear]:
             raise ModelError(f"{self.source}: the adapter is for layer {missing[0]}, which this model does not have")
         if not names:
-            found = sorted({name.rpartition(".")[2] for name in linear})
-            raise ModelError(f"{self.source}: no linear layer {' or '.join(map(repr, self.lora.targets))}; it has {', '.join(found)}")
-        self._adapters = {name: self._adapter(name, linear[name], tensors) for name in names}
+            wanted, found = map(repr, self.lora.targets), sorted({name.rpartition(".")[2] for name in linear})
+            raise ModelError(f"{self.source}: no linear layer {' or '.join(wanted)}; it has {', '.join(found)}")
+        fresh = tensors or {name: (None, None, None) for name in names}
+        self._adapters = {name: _make_adapter(name, linear[name], self.lora, self.seed, *fresh[name]) for name in names}
         self._place(self._adapters)
         self._model.freeze()
         for module in self._adapters.values():
             module.unfreeze(keys=["lora_a", "lora_b", "m"], recurse=False)
         self._model.eval()
-
-    def _adapter(self, name: str, layer: nn.Module, tensors: dict | None) -> nn.Module:
-        "The adapter of one layer."
-        from mlx_lm.tuner.dora import DoRALinear
-        from mlx_lm.tuner.lora import LoRALinear
-        kind = DoRALinear if self.lora.dora else LoRALinear
-        module = kind.from_base(layer, r=self.lora.rank, dropout=self.lora.dropout, scale=self.lora.scale)
-        inputs, outputs = module.lora_a.shape[0], module.lora_b.shape[1]
-        a, b, m = (self.lora.initial_a(name, inputs, self.seed), None, None) if tensors is None else tensors[name]
-        if a.shape[1] != inputs or (b is not None and b.shape[0] != outputs):
-            raise ModelError(f"{self.source}: the adapter of {name} is for {a.shape[1]} inputs; the layer has {inputs}")
-        module.lora_a, module.dropout = mx.array(a.T), nn.Identity()
-        if b is not None:
-            module.lora_b = mx.array(b.T)
-        if m is not None:
-            module.m = mx.array(m)
-        return module
 
     def _place(self, modules: dict[str, nn.Module]) -> None:
         "Put modules into the model by name."
@@ -317,13 +317,13 @@ class _Adapted(_Loaded):
         if not self._adapters:
             return
         if "quantization" in self.config:
-            raise ModelError(f"{self.source}: adapters cannot be merged into quantised weights without loss; save them as they are")
+            raise ModelError(f"{self.source}: merging adapters into quantised weights would lose precision; save them instead")
         self._place({name: module.fuse() for name, module in self._adapters.items()})
         self._adapters, self.lora = {}, None
         self._model.unfreeze()
         self._start()
 
-# %% ../../nbs/engine/04_mlx.ipynb #2c0989b9
+# %% ../../nbs/engine/04_mlx.ipynb #e22bd9b1
 class _Referring(_Adapted):
     "A frozen reference."
 
@@ -351,12 +351,9 @@ class _Referring(_Adapted):
             finally:
                 self._model.update(present)
 
-# %% ../../nbs/engine/04_mlx.ipynb #5df40945
-LOGIT_BYTES = 64 * 2**20
-
-
-class _Scoring(_Referring):
-    "Log-probabilities, entropies, hidden states."
+# %% ../../nbs/engine/04_mlx.ipynb #8e86c8c9
+class _Seeing(_Referring):
+    "From a batch to hidden states."
 
     def _arrays(self, batch: Batch) -> tuple[Batch, mx.array]:
         "The batch as MLX arrays, and the flat places of its targets; raises `ModelError` for what cannot be scored."
@@ -376,6 +373,13 @@ class _Scoring(_Referring):
         segments = None if batch.segments is None else batch.segments[:, :columns]
         caches = [_NoCache(self._dtype, segments, self._window)] * len(self._model.model.layers)
         return self._model.model(batch.ids[:, :columns], caches)
+
+# %% ../../nbs/engine/04_mlx.ipynb #f6917436
+LOGIT_BYTES = 64 * 2**20
+
+
+class _Scoring(_Seeing):
+    "From hidden states to one number for each target."
 
     def _at_targets(self, function: Callable, batch: Batch, places: mx.array) -> mx.array: # (B, T) float32
         "function(logits, targets) at the targets, 0 elsewhere."
@@ -411,7 +415,7 @@ class _Scoring(_Referring):
         self._model.update(tree_unflatten(weights))
         return mx.concatenate(parts)
 
-# %% ../../nbs/engine/04_mlx.ipynb #1a575903
+# %% ../../nbs/engine/04_mlx.ipynb #1da6e00a
 class _Scored(_Scoring):
     "The public verbs of scoring."
 
@@ -426,7 +430,7 @@ class _Scored(_Scoring):
         "Entropy in nats of the distribution that each target was drawn from, 0 elsewhere; no gradient."
         return np.array(self._at_targets(_entropies, *self._arrays(batch)))
 
-# %% ../../nbs/engine/04_mlx.ipynb #b5e68f19
+# %% ../../nbs/engine/04_mlx.ipynb #be3bed56
 class _Recorder:
     "A layer that notes what goes in and what comes out."
 
@@ -457,7 +461,7 @@ class _Watching(_Scored):
         seen = [seen[0][0], *[after for _, after in seen]]
         return np.array(mx.stack([seen[i].astype(mx.float32) for i in chosen]))
 
-# %% ../../nbs/engine/04_mlx.ipynb #d535d220
+# %% ../../nbs/engine/04_mlx.ipynb #b99c7c7f
 def _choose_tokens(
     logps: mx.array,     # (R, V) log-probabilities at temperature 1
     uniform: mx.array,   # (R, 1) in [0, 1)
@@ -482,7 +486,7 @@ def _nucleus(probs: mx.array, top_p: float) -> mx.array:
     kept = mx.where(mx.cumsum(ordered, axis=-1) - ordered < top_p, ordered, 0.0)
     return mx.put_along_axis(mx.zeros_like(probs), order, kept, axis=-1)
 
-# %% ../../nbs/engine/04_mlx.ipynb #ff89bf1d
+# %% ../../nbs/engine/04_mlx.ipynb #82a9520a
 class _Sampling(_Watching):
     "Generation."
 
@@ -516,7 +520,7 @@ class _Sampling(_Watching):
             cache.select(rows)
         return logits[rows], caches
 
-# %% ../../nbs/engine/04_mlx.ipynb #b71cdca2
+# %% ../../nbs/engine/04_mlx.ipynb #0c2dc84e
 class _Generating(_Sampling):
     "The decoding loop."
 
@@ -552,7 +556,23 @@ class _Generating(_Sampling):
         return Completion(ids, scores[:length].copy(), bool(ids) and ids[-1] in self.stops,
                           self.tokenizer.decode(ids, skip_special_tokens=True))
 
-# %% ../../nbs/engine/04_mlx.ipynb #bf60db2b
+# %% ../../nbs/engine/04_mlx.ipynb #388b03e8
+class _Dropout(nn.Module):
+    "Dropout that draws from a key of its own and leaves the process's random state alone."
+
+    def __init__(self, p: float, key: mx.array):
+        super().__init__()
+        self._p, self._key = p, key
+
+    def __call__(self, x):
+        return x * mx.random.bernoulli(1 - self._p, x.shape, self._key) / (1 - self._p)
+
+
+def _number(x: Any) -> mx.array:
+    "A scalar as an MLX array."
+    return x if isinstance(x, mx.array) else mx.array(float(x))
+
+# %% ../../nbs/engine/04_mlx.ipynb #93809a44
 class _Training(_Generating):
     "Gradients and steps."
 
@@ -606,23 +626,7 @@ class _Training(_Generating):
             for module in self._adapters.values():
                 module.dropout = nn.Identity()
 
-
-class _Dropout(nn.Module):
-    "Dropout that draws from a key of its own and leaves the process's random state alone."
-
-    def __init__(self, p: float, key: mx.array):
-        super().__init__()
-        self._p, self._key = p, key
-
-    def __call__(self, x):
-        return x * mx.random.bernoulli(1 - self._p, x.shape, self._key) / (1 - self._p)
-
-
-def _number(x: Any) -> mx.array:
-    "A scalar as an MLX array."
-    return x if isinstance(x, mx.array) else mx.array(float(x))
-
-# %% ../../nbs/engine/04_mlx.ipynb #bc40a958
+# %% ../../nbs/engine/04_mlx.ipynb #3e082e2d
 class _Stepping(_Training):
     "What happens to the gradients."
 
@@ -662,7 +666,7 @@ class _Stepping(_Training):
         mx.eval(new, self._moments, self._masters)
         return norm
 
-# %% ../../nbs/engine/04_mlx.ipynb #1200d689
+# %% ../../nbs/engine/04_mlx.ipynb #2ea5ddb4
 def _write_arrays(path: Path, arrays: dict[str, mx.array], **notes: Any) -> None:
     "A safetensors file; raises OSError when that fails."
     try:
@@ -680,7 +684,7 @@ def _stored_names(folder: Path) -> set[str]:
             names |= set(file.keys())
     return names
 
-# %% ../../nbs/engine/04_mlx.ipynb #de80771a
+# %% ../../nbs/engine/04_mlx.ipynb #8cd4b2f5
 class _Saving(_Stepping):
     "Adapters and snapshots."
 
@@ -716,7 +720,7 @@ def _plain_rope(config: dict) -> dict:
     "The base of the rotary angles at the top of config.json, where mlx-lm's models look for it."
     return {k: v for k, v in rope_settings(config).items() if k == "rope_theta"}
 
-# %% ../../nbs/engine/04_mlx.ipynb #ffe42653
+# %% ../../nbs/engine/04_mlx.ipynb #45d38bf4
 class _Resuming(_Saving):
     "The state of a run."
 
@@ -747,7 +751,8 @@ class _Resuming(_Saving):
         present = dict(tree_flatten(self._model.trainable_parameters()))
         lora = json.loads(json.dumps(self._identity()["lora"]))
         if notes["lora"] != lora or {k: w.shape for k, w in weights.items()} != {k: w.shape for k, w in present.items()}:
-            raise CheckpointError(f"{folder}: saved from another model or with other adapters ({notes['source']}, {notes['lora']})")
+            raise CheckpointError(f"{folder}: saved from another model or with other adapters "
+                                  f"({notes['source']}, {notes['lora']})")
         settings = notes["optimizer"]
         self.configure(AdamW(**settings | {"betas": tuple(settings["betas"])}))
         self._model.update(tree_unflatten([(k, w.astype(present[k].dtype)) for k, w in weights.items()]))
@@ -758,7 +763,7 @@ class _Resuming(_Saving):
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
-# %% ../../nbs/engine/04_mlx.ipynb #bd63135b
+# %% ../../nbs/engine/04_mlx.ipynb #dd9f3c0f
 class MLXPolicy(_Resuming):
     "An mlx-lm model, with its adapters if wanted, behind the `Policy` protocol."
 

@@ -486,7 +486,7 @@ def _write_arrays(path: Path | None, arrays: dict[str, np.ndarray]) -> None:
             finally:
                 draft.unlink(missing_ok=True)
 
-# %% ../../nbs/engine/09_fit.ipynb #597005c6
+# %% ../../nbs/engine/09_fit.ipynb #86460fb0
 UNITS = {"loss": "loss (nats)", "nll": "NLL (nats per token)", "lr": "learning rate", "grad_norm": "gradient norm",
          "accuracy": "share of pairs", "margin": "margin (nats)", "chosen_change": "chosen, change (nats)",
          "rejected_change": "rejected, change (nats)", "chosen_logp": "chosen (nats)", "rejected_logp": "rejected (nats)",
@@ -499,7 +499,7 @@ def _curve(axis, steps: list[int], values: list[float], held_out: bool) -> None:
         axis.plot(steps, values, "o-", color="#c0392b", markersize=3, label="held out")
         return
     window = len(values) // 20 | 1  # odd, so that the mean stands over its middle
-    if window < 3 or np.ptp(np.diff(values)) < 0.1 * np.ptp(values):
+    if window < 3 or np.ptp(np.diff(values)) < 0.25 * np.ptp(values):
         axis.plot(steps, values, color="#2c6fbb", label="training")
         return
     axis.plot(steps, values, color="#2c6fbb", linewidth=1, alpha=0.35)

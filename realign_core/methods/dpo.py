@@ -16,9 +16,9 @@ from ..errors import ReAlignError
 from .registry import Card, Method
 
 # %% auto #0
-__all__ = ['KINDS', 'CARD', 'loss', 'objective', 'pair_metrics', 'encode', 'method']
+__all__ = ['KINDS', 'CARD', 'loss', 'pair_metrics', 'objective', 'encode', 'method']
 
-# %% ../../nbs/methods/03_dpo.ipynb #753f74fb
+# %% ../../nbs/methods/03_dpo.ipynb #b0f3e9a0
 KINDS = ("sigmoid", "ipo", "cdpo", "robust")
 
 
@@ -42,26 +42,7 @@ def loss(
         return (1 - smoothing) * right + smoothing * wrong
     return ((1 - smoothing) * right - smoothing * wrong) / (1 - 2 * smoothing)
 
-# %% ../../nbs/methods/03_dpo.ipynb #33853414
-def objective(
-    logps: Any,               # (2P, T) token log-probabilities, nats; rows are chosen, rejected, chosen, …
-    batch: Any,               # `Batch` of P pairs with extras["ref_logps"] (2P, T)
-    beta: float = 0.1,        # see `loss`
-    kind: str = "sigmoid",    # see `loss`
-    smoothing: float = 0.0,   # see `loss`
-    average: bool = False,    # compare log-probabilities per token instead of whole answers
-    nll: float = 0.0,         # weight of the chosen answer's own NLL per token (arXiv 2404.19733, eq. 1)
-) -> tuple[Any, dict]:        # mean loss over pairs, {name: (total, count)}
-    "Mean preference loss over the pairs of a batch, with its metrics."
-    xp, mask, ref = array_namespace(logps), batch.mask, batch.extras["ref_logps"]
-    now, then = sequence_logps(logps, mask, average), sequence_logps(ref, mask, average)
-    pairs = now[0::2], now[1::2], then[0::2], then[1::2]
-    each = loss(*pairs, beta=beta, kind=kind, smoothing=smoothing)
-    if nll:
-        each = each - nll * sequence_logps(logps[0::2], mask[0::2], average=True)
-    return xp.mean(each), {**pair_metrics(*pairs, beta), "drift": (masked_sum(k3(ref, logps), mask), _count(logps, mask))}
-
-# %% ../../nbs/methods/03_dpo.ipynb #1cfa7ffe
+# %% ../../nbs/methods/03_dpo.ipynb #1f6882be
 def pair_metrics(
     chosen: Any,        # (P,) log-probability under the policy, nats (per token where the loss averages)
     rejected: Any,      # (P,)
@@ -84,7 +65,26 @@ def _count(logps: Any, mask: Any) -> Any:
     "Number of target tokens, as an array of the same framework."
     return masked_sum(array_namespace(logps).ones_like(logps), mask)
 
-# %% ../../nbs/methods/03_dpo.ipynb #d53e0f58
+# %% ../../nbs/methods/03_dpo.ipynb #ef38aabc
+def objective(
+    logps: Any,               # (2P, T) token log-probabilities, nats; rows are chosen, rejected, chosen, …
+    batch: Any,               # `Batch` of P pairs with extras["ref_logps"] (2P, T)
+    beta: float = 0.1,        # see `loss`
+    kind: str = "sigmoid",    # see `loss`
+    smoothing: float = 0.0,   # see `loss`
+    average: bool = False,    # compare log-probabilities per token instead of whole answers
+    nll: float = 0.0,         # weight of the chosen answer's own NLL per token (arXiv 2404.19733, eq. 1)
+) -> tuple[Any, dict]:        # mean loss over pairs, {name: (total, count)}
+    "Mean preference loss over the pairs of a batch, with its metrics."
+    xp, mask, ref = array_namespace(logps), batch.mask, batch.extras["ref_logps"]
+    now, then = sequence_logps(logps, mask, average), sequence_logps(ref, mask, average)
+    pairs = now[0::2], now[1::2], then[0::2], then[1::2]
+    each = loss(*pairs, beta=beta, kind=kind, smoothing=smoothing)
+    if nll:
+        each = each - nll * sequence_logps(logps[0::2], mask[0::2], average=True)
+    return xp.mean(each), {**pair_metrics(*pairs, beta), "drift": (masked_sum(k3(ref, logps), mask), _count(logps, mask))}
+
+# %% ../../nbs/methods/03_dpo.ipynb #ab00f08c
 def encode(
     row: Any,      # a `Preference` row
     encoder: Any,  # an `Encoder`
@@ -92,7 +92,7 @@ def encode(
     "The prompt with each of its two answers."
     return Example((encoder.completion(row.prompt, row.chosen), encoder.completion(row.prompt, row.rejected)))
 
-# %% ../../nbs/methods/03_dpo.ipynb #2c46740e
+# %% ../../nbs/methods/03_dpo.ipynb #26d9d50a
 CARD = Card(
     use="the model can do the task already and you can say which of two answers is better",
     avoid="the model cannot produce the better answer at all (SFT first), or an answer can be checked by a program (GRPO)",
