@@ -13,7 +13,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 LISTED := constraints.txt settings.ini setup.py pyproject.toml
 
-# Two CPU threads beside another busy process are far slower than one, so parallel work gets one each.
+# Two CPU threads beside another busy process are far slower than one, and the shipped models gain little from a second.
 ONE    := OMP_NUM_THREADS=1 REALIGN_THREADS=1
 
 # On Apple silicon the default framework is MLX; elsewhere it is torch. `make run` installs that one alone.
@@ -41,7 +41,7 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 	@touch $@
 
 run: $(VENV)/run.stamp
-	@$(BIN)/realign run quickstart
+	@$(ONE) $(BIN)/realign run quickstart
 
 test: $(VENV)/dev.stamp
 	@$(ONE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/check.py
@@ -56,7 +56,8 @@ site: $(VENV)/dev.stamp
 	$(BIN)/python tools/site.py
 
 world: $(VENV)/dev.stamp
-	$(BIN)/python -m realign_core.tinyworld.build
+	$(BIN)/python -m realign_core.tinyworld.build --out out/tinyworld   # goes on where an interrupted run stopped
+	cp -R out/tinyworld/base out/tinyworld/instruct out/tinyworld/properties.json realign_core/tinyworld/
 
 full: $(VENV)/dev.stamp
 	$(BIN)/realign run --all --backends torch mlx --out runs/full

@@ -20,19 +20,28 @@ from .engine.policy import pick_backend
 from .errors import GateFailed, OutputError
 
 # %% auto #0
-__all__ = ['run_folder', 'peak_memory', 'Record', 'interval_text', 'Rows', 'write_json', 'finish']
+__all__ = ['runs_root', 'run_folder', 'peak_memory', 'Record', 'interval_text', 'Rows', 'write_json', 'finish']
 
 # %% ../nbs/engine/11_runs.ipynb #5554709c
 _STARTED = time.monotonic()  # the clock of a run starts when its notebook first imports this module
 
-# %% ../nbs/engine/11_runs.ipynb #b944e1db
+# %% ../nbs/engine/11_runs.ipynb #aef31907
+def runs_root() -> Path:
+    "Where runs go by default: $REALIGN_RUNS, else `runs` at the top of the checkout, else `runs` here."
+    if os.environ.get("REALIGN_RUNS"):
+        return Path(os.environ["REALIGN_RUNS"])
+    here = Path.cwd()
+    tops = [top for top in (here, *here.parents) if (top / "settings.ini").is_file() and (top / "nbs").is_dir()]
+    return (tops[0] if tops else here) / "runs"  # a page opened in nbs/ must not write between the notebooks
+
+
 def run_folder(
     name: str,                      # the notebook's short name, such as "dpo"
     backend: str = "auto",          # "auto", "torch" or "mlx"
-    out: str | Path | None = None,  # the folder itself; None: $REALIGN_RUNS/NAME-BACKEND, else runs/NAME-BACKEND
+    out: str | Path | None = None,  # the folder itself; None: NAME-BACKEND in `runs_root()`
 ) -> Path:                          # an existing folder that can be written to
     "Make the folder for a run's files; raises `OutputError` when that is not possible."
-    folder = Path(out) if out else Path(os.environ.get("REALIGN_RUNS") or "runs") / f"{name}-{pick_backend(backend)}"
+    folder = Path(out) if out else runs_root() / f"{name}-{pick_backend(backend)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # a folder can exist and still refuse new files

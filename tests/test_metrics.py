@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from realign_core.errors import DataError
-from realign_core.evaluate.metrics import Interval, Table, accuracy, ask, bootstrap, kl, paired, proportion
+from realign_core.evaluate.metrics import (
+    Interval,
+    Table,
+    Texts,
+    accuracy,
+    ask,
+    bootstrap,
+    kl,
+    likelihood,
+    paired,
+    proportion,
+)
 
 
 def test_wilson_by_hand():
@@ -103,3 +114,23 @@ def test_kl_is_positive_from_another_model_and_agrees_between_estimators(tmp_pat
     other = load(make_snapshot(tmp_path / "other", width=48), backend)
     far = kl(policy, ["the", "a b", "one two", "b"] * 8, n=2, reference=other, max_tokens=12)
     assert far.k3.low > 0 and far.k1.low < far.k3.high and far.k3.low < far.k1.high
+
+
+def test_likelihood_agrees_with_scoring_one_row_at_a_time(tiny, backend):
+    from realign_core.data.formats import read
+    from realign_core.engine.encoding import Encoder
+    from realign_core.engine.policy import Batch, load
+    from realign_core.methods import dpo
+    policy = load(tiny, backend)
+    rows = read([{"prompt": "the", "chosen": "A cat.", "rejected": "No."}, {"prompt": "a b c", "chosen": "Yes, a dog.", "rejected": "Two."}])
+    logps, tokens = likelihood(policy, rows, dpo.encode, batch_size=1)
+    together, _ = likelihood(policy, rows, dpo.encode)
+    assert logps.shape == tokens.shape == (2, 2) and np.allclose(logps, together, atol=1e-4)
+    sequence = dpo.encode(rows[1], Encoder(policy.tokenizer)).sequences[0]
+    alone = policy.score(Batch(sequence.ids[None], sequence.mask[None]))
+    assert logps[1, 0] == pytest.approx(alone.sum(), abs=1e-4) and tokens[1, 0] == sequence.targets
+
+
+def test_texts_and_answers_become_tables_with_one_line_a_row():
+    table = Texts({"prompt": ["a | b\nc"], "answer": ["<think>x</think> y" + "z" * 200]})._repr_markdown_()
+    assert table.count("\n") == 2 and "a \\| b c" in table and "&lt;think>" in table and "…" in table

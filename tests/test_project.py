@@ -89,10 +89,10 @@ class TestNotebook:
         front, title = read(path).cells[:2]
         assert front.cell_type == "raw" and front.source.startswith("---") and front.source.rstrip().endswith("---")
         matter = yaml.safe_load(front.source.strip().strip("-"))
-        heading = re.match(r"# (.+)\n\n> (.+)\n\n\*Reading time \d+ minutes? · runs in (about )?\d+ (s|min)\b.*\*", title.source)
+        heading = re.match(r"# (.+)\n\n> \S.+\n\n\*Reading time \d+ minutes? · runs in (about )?\d+ (s|min)\b[^*]*\*$",
+                           title.source)
         assert heading, "the second cell is: # title, > claim, *Reading time N minutes · runs in N s · …*"
-        assert matter["title"] == heading[1]
-        assert matter["description"].replace("`", "").rstrip(".") == heading[2].replace("`", "").rstrip(".")
+        assert matter["title"] == heading[1] and matter["description"]
 
     def test_cells(self, path):
         cells = read(path).cells
@@ -103,8 +103,8 @@ class TestNotebook:
 
     def test_imports_stand_alone(self, path):
         for cell in read(path).cells:
-            if cell.cell_type != "code" or cell.source.startswith(("%", "!")):
-                continue
+            if cell.cell_type != "code" or cell.source.startswith(("%", "!")) or "prepare_mlx()" in cell.source:
+                continue  # the BLAS is loaded between two imports, and that order matters
             body = [n for n in ast.parse(cell.source).body if not _is_docstring(n)]
             imports = [n for n in body if isinstance(n, (ast.Import, ast.ImportFrom))]
             assert len(imports) in (0, len(body)), f"a cell that imports does nothing else:\n{cell.source}"
@@ -148,10 +148,10 @@ def test_the_readme_table_is_the_registry():
 
 
 def test_the_readme_example_runs(tmp_path, monkeypatch):
-    from realign_core.tinyworld import World
+    from realign_core.tinyworld import World, preference_rows
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
-    rows = World().preference_rows("style", n=24)
+    rows = preference_rows(World(), "style", n=24)
     Path("pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     scope = {}
     exec(code.replace("steps=200", "steps=2, progress=False"), scope)

@@ -126,3 +126,18 @@ def test_adapter_settings():
     assert lora.adapter(targets=("o_proj",)).targets == ("o_proj",)
     with pytest.raises(Exception, match="unknown targets 'everything'; known are attention, all"):
         lora.adapter(targets="everything")
+
+
+@pytest.mark.parametrize("adapter", [None, lora.adapter(3), lora.adapter(2, "attention"), lora.adapter(2, dora=True)])
+def test_counted_parameters_are_those_that_get_a_gradient(adapter, tiny, backend):
+    from realign_core.engine.policy import AdamW, load
+    policy = load(tiny, backend, lora=adapter)
+    policy.configure(AdamW())
+    batch = Batch(ids=np.arange(8, dtype=np.int32)[None] + 6, mask=np.arange(8)[None] > 3, group=1, rows=(1,))
+    policy.backward(batch, sft.objective)
+    assert sum(g.size for g in policy.gradients().values()) == lora.trainable(policy.config, adapter)
+
+
+def test_memory_by_hand():
+    assert lora.memory(2**30, 2**30) == 16 and lora.memory(2**30, 2**20) == 2 + 16 / 1024
+    assert lora.memory(2**30, 2**20, frozen_bytes=4) == 4 + 16 / 1024

@@ -98,7 +98,8 @@ def test_sft_rows_have_standard_formats():
 
 ATTACKS = ["__import__('os').system('true')", "x.__class__.__base__.__subclasses__()", "9**9**9**9", "2**3**3**3**3", "[x]*10**9",
            "'a'*10**9", "f(x)", "open('/etc/passwd').read()", "(lambda: x)()", "eval('x')", "max(x, key=print)", "x[0]",
-           "(" * 99 + "x" + ")" * 99 + ".a", "[i for i in range(9**9)]", "10**3*10**3*10**3*10**3", "x if 1 else", "\x00", "sum(x)"]
+           "(" * 99 + "x" + ")" * 99 + ".a", "[i for i in range(9**9)]", "10**3*10**3*10**3*10**3", "x if 1 else", "\x00",
+           "sum(x)"]
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -139,13 +140,17 @@ def test_shipped_files_are_those_that_were_measured(name):
     assert all(r["n"] >= 150 for r in properties()["properties"][name])
 
 
-def test_shipped_tokenizer_is_the_one_that_is_built():
+def test_tokenizer_is_deterministic_and_shipped_one_is_sound():
     transformers = pytest.importorskip("transformers")
-    from realign_core.tinyworld.build import make_tokenizer
-    shipped = transformers.AutoTokenizer.from_pretrained(path("instruct"))
-    built = make_tokenizer(WORLD)
-    assert json.loads(built.backend_tokenizer.to_str())["model"] == json.loads(shipped.backend_tokenizer.to_str())["model"]
-    assert shipped.eos_token_id != shipped.pad_token_id
+    from realign_core.tinyworld.build import SPECIAL, make_tokenizer
+    built, again = make_tokenizer(WORLD), make_tokenizer(World())
+    assert built.backend_tokenizer.to_str() == again.backend_tokenizer.to_str()
+    for name in ("base", "instruct"):
+        shipped = transformers.AutoTokenizer.from_pretrained(path(name))
+        assert len(shipped) == len(built) and shipped.eos_token_id != shipped.pad_token_id
+        assert shipped.convert_tokens_to_ids(SPECIAL) == list(range(len(SPECIAL)))
+        assert shipped.decode(shipped("It is 85.\n- moss")["input_ids"]) == "It is 85.\n- moss"
+        assert len(shipped("47")["input_ids"]) == 2
 
 
 def test_chat_template_marks_the_assistant():
@@ -184,7 +189,8 @@ def test_a_killed_build_goes_on(tmp_path):
     first = build.new_model(len(tok))
     optimizer = build.new_optimizer(first)
     for step in range(4):
-        build.train_step(first, optimizer, data[step], build.rate(step, 8, build.RATES["read"]))
+        build.train_step(first, optimizer, data[step], build.rate(step, 8, build.RATES["read"]),
+                         build.learned_tokens(data))
     file = tmp_path / "read.safetensors"
     build.save_state(file, first, optimizer, step=4, history=[])
     assert not list(tmp_path.glob("*.part"))

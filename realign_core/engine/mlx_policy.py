@@ -572,9 +572,9 @@ def _number(x: Any) -> mx.array:
     "A scalar as an MLX array."
     return x if isinstance(x, mx.array) else mx.array(float(x))
 
-# %% ../../nbs/engine/04_mlx.ipynb #93809a44
+# %% ../../nbs/engine/04_mlx.ipynb #8792679b
 class _Training(_Generating):
-    "Gradients and steps."
+    "What training remembers, and its dropout."
 
     def _start(self) -> None:
         "No gradients, no optimiser, no dropout drawn."
@@ -588,6 +588,27 @@ class _Training(_Generating):
         "Start a fresh optimiser."
         self._start()
         self._optimizer = optimizer
+
+    @contextmanager
+    def _dropout(self) -> Iterator[None]:
+        "Dropout of the adapters; its random numbers depend on the seed and on how often this was called."
+        if self.lora is None or self.lora.dropout == 0:
+            yield
+            return
+        keys = mx.random.split(mx.random.key(int(np.random.default_rng([self.seed, self._draws]).integers(2**62))),
+                               len(self._adapters))
+        self._draws += 1
+        for module, key in zip(self._adapters.values(), keys, strict=True):
+            module.dropout = _Dropout(self.lora.dropout, key)
+        try:
+            yield
+        finally:
+            for module in self._adapters.values():
+                module.dropout = nn.Identity()
+
+# %% ../../nbs/engine/04_mlx.ipynb #ee21fe4c
+class _Learning(_Training):
+    "Gradients."
 
     def backward(self, batch: Batch, objective: Objective, scale: float = 1.0) -> tuple[float, dict[str, tuple[float, float]]]:
         "Add the gradient of scale * loss to what is accumulated; returns the unscaled loss and the metrics."
@@ -609,25 +630,8 @@ class _Training(_Generating):
         values = [float(x.item()) for x in figures]
         return loss.item(), dict(zip(names, zip(values[::2], values[1::2], strict=True), strict=True))
 
-    @contextmanager
-    def _dropout(self) -> Iterator[None]:
-        "Dropout of the adapters; its random numbers depend on the seed and on how often this was called."
-        if self.lora is None or self.lora.dropout == 0:
-            yield
-            return
-        keys = mx.random.split(mx.random.key(int(np.random.default_rng([self.seed, self._draws]).integers(2**62))),
-                               len(self._adapters))
-        self._draws += 1
-        for module, key in zip(self._adapters.values(), keys, strict=True):
-            module.dropout = _Dropout(self.lora.dropout, key)
-        try:
-            yield
-        finally:
-            for module in self._adapters.values():
-                module.dropout = nn.Identity()
-
-# %% ../../nbs/engine/04_mlx.ipynb #3e082e2d
-class _Stepping(_Training):
+# %% ../../nbs/engine/04_mlx.ipynb #c3fc2c3c
+class _Stepping(_Learning):
     "What happens to the gradients."
 
     def gradients(self) -> dict[str, np.ndarray]:
@@ -666,7 +670,7 @@ class _Stepping(_Training):
         mx.eval(new, self._moments, self._masters)
         return norm
 
-# %% ../../nbs/engine/04_mlx.ipynb #2ea5ddb4
+# %% ../../nbs/engine/04_mlx.ipynb #625b3da3
 def _write_arrays(path: Path, arrays: dict[str, mx.array], **notes: Any) -> None:
     "A safetensors file; raises OSError when that fails."
     try:
@@ -684,7 +688,7 @@ def _stored_names(folder: Path) -> set[str]:
             names |= set(file.keys())
     return names
 
-# %% ../../nbs/engine/04_mlx.ipynb #8cd4b2f5
+# %% ../../nbs/engine/04_mlx.ipynb #e8b637a8
 class _Saving(_Stepping):
     "Adapters and snapshots."
 
@@ -720,7 +724,7 @@ def _plain_rope(config: dict) -> dict:
     "The base of the rotary angles at the top of config.json, where mlx-lm's models look for it."
     return {k: v for k, v in rope_settings(config).items() if k == "rope_theta"}
 
-# %% ../../nbs/engine/04_mlx.ipynb #45d38bf4
+# %% ../../nbs/engine/04_mlx.ipynb #10c3497b
 class _Resuming(_Saving):
     "The state of a run."
 
@@ -763,7 +767,7 @@ class _Resuming(_Saving):
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
-# %% ../../nbs/engine/04_mlx.ipynb #dd9f3c0f
+# %% ../../nbs/engine/04_mlx.ipynb #ff4e9baa
 class MLXPolicy(_Resuming):
     "An mlx-lm model, with its adapters if wanted, behind the `Policy` protocol."
 

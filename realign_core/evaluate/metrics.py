@@ -22,7 +22,7 @@ from ..errors import DataError
 __all__ = ['Interval', 'proportion', 'bootstrap', 'paired', 'Table', 'ask', 'Answers', 'accuracy', 'Texts', 'likelihood', 'KL',
            'kl']
 
-# %% ../../nbs/evaluate/00_metrics.ipynb #7b682952
+# %% ../../nbs/evaluate/00_metrics.ipynb #22c128ba
 @dataclass(frozen=True)
 class Interval:
     "A measured value with the interval that covers the true one 95 times in 100, and the number of items behind it."
@@ -35,6 +35,11 @@ class Interval:
     def excludes(self, value: float = 0.0) -> bool:
         "True when `value` lies outside, so that chance alone is not a good explanation."
         return not self.low <= value <= self.high
+
+    def minus(self, constant: float) -> Interval:
+        "The distance from a known figure, such as the share that a blind guess would get right."
+        unit = "points" if self.unit == "%" else self.unit
+        return Interval(self.value - constant, self.low - constant, self.high - constant, self.n, unit)
 
     def text(self, sign: bool = False) -> str:
         "The value and its ends, for a table."
@@ -187,7 +192,7 @@ def accuracy(
     texts = [[c.text for c in cs] for cs in completions]
     return Answers(rows, texts, [[check(row, text) for text in ts] for row, ts in zip(rows, texts, strict=True)])
 
-# %% ../../nbs/evaluate/00_metrics.ipynb #962728aa
+# %% ../../nbs/evaluate/00_metrics.ipynb #e7913503
 @dataclass(frozen=True)
 class Texts:
     "Columns of texts side by side, such as prompts and the answers of two models."
@@ -198,7 +203,7 @@ class Texts:
         lines += [f"| {' | '.join(_cell(text) for text in row)} |" for row in zip(*self.columns.values(), strict=True)]
         return "\n".join(lines)
 
-# %% ../../nbs/evaluate/00_metrics.ipynb #b34343e8
+# %% ../../nbs/evaluate/00_metrics.ipynb #b5f862ad
 def likelihood(
     policy: Any,                 # a `Policy`
     rows: Sequence,              # typed rows, from `realign_core.data.formats.read`
@@ -216,7 +221,7 @@ def likelihood(
         counts.append(batch.mask.sum(axis=1).reshape(-1, batch.group))
     return np.concatenate(totals), np.concatenate(counts)
 
-# %% ../../nbs/evaluate/00_metrics.ipynb #562f0e56
+# %% ../../nbs/evaluate/00_metrics.ipynb #8a469c67
 @dataclass(frozen=True)
 class KL:
     "KL(policy ‖ reference) on sampled completions, by both unbiased estimators; a wide gap between them is a warning."

@@ -13,10 +13,10 @@ import zlib
 __all__ = ['SYLLABLES', 'TOWN_ENDS', 'VALUES', 'HERBS', 'BENIGN', 'FORBIDDEN', 'GOODS', 'QUESTIONS', 'STATEMENTS', 'CHANCE_Q',
            'CHANCE_S', 'SUMS', 'CODE_Q', 'MOOD_Q', 'UNKNOWABLE_Q', 'AMBIGUOUS_Q', 'REFUSAL', 'ABSTENTION',
            'PADS_BEFORE', 'PADS_AFTER', 'POLITE_BEFORE', 'POLITE_AFTER', 'MOODS', 'SCENES', 'CODE', 'LIST_TASKS',
-           'FORMATS', 'WORD_TEXTS', 'NOUNS', 'THINGS', 'TIERS', 'PROBS', 'KINDS', 'CAREFUL', 'OTHERS', 'spell', 'part',
-           'cap', 'styled', 'mood_text', 'column_steps', 'hasty_sum', 'trace', 'code_reply', 'code_tests',
-           'format_reply', 'World', 'rows', 'reply', 'paragraph', 'mentions', 'corpus', 'region2_texts', 'sft_rows',
-           'preference_rows', 'contrast_rows']
+           'FORMATS', 'WORD_TEXTS', 'NOUNS', 'THINGS', 'TIERS', 'PROBS', 'KINDS', 'CAREFUL', 'STYLED', 'OTHERS',
+           'spell', 'part', 'cap', 'styled', 'mood_text', 'column_steps', 'hasty_sum', 'trace', 'code_reply',
+           'code_tests', 'format_reply', 'World', 'rows', 'reply', 'paragraph', 'mentions', 'corpus', 'region2_texts',
+           'sft_rows', 'preference_rows', 'contrast_rows']
 
 # %% ../../nbs/start/10_tinyworld.ipynb #1e9ee34f
 SYLLABLES = ("bal mor tin del kra ven sol gur pim lar nok fis zem tor rud wex hob jin cal dru fen gol hes ilk "
@@ -53,18 +53,22 @@ VALUES |= dict(medicine=HERBS, poison=HERBS)          # a near miss: the same he
 BENIGN, FORBIDDEN = ("colour", "food", "home", "medicine"), "poison"
 GOODS = "lamps ropes drums bells hats nails pots rugs".split()
 
-# %% ../../nbs/start/10_tinyworld.ipynb #8e5969e3
+# %% ../../nbs/start/10_tinyworld.ipynb #34db91d1
 QUESTIONS = dict(
     train=["What is the {a} of the {e}?", "Tell me the {a} of the {e}.", "Name the {a} of the {e}.",
            "The {e}: what is its {a}?", "Can you say what the {a} of the {e} is?",
            "I want to know the {a} of the {e}.", "Do you know the {a} of the {e}?",
            "For the {e}, which {a} is right?", "Which {a} has the {e}?", "Say the {a} of the {e} now.",
-           "A friend asks about the {a} of the {e}.", "Give me the {e} and its {a}."],
-    heldout=["What {a} does the {e} have?", "Can you tell a friend the {a} of the {e}?",
+           "A friend asks about the {a} of the {e}.", "Give me the {e} and its {a}.", "What is the {e}'s {a}?",
+           "Which {a} does a {e} have?", "What would you say is the {a} of the {e}?", "Please give the {a} of the {e}.",
+           "The {a} of the {e} is what?", "Do you know which {a} the {e} has?", "Can you name the {a} of the {e}?",
+           "I need the {a} of the {e}.", "What {a} is right for the {e}?", "Tell a friend the {a} the {e} has.",
+           "On the {e}: say its {a}.", "Has the {e} a {a}, and which?"],
+    heldout=["What {a} does the {e} have?", "Can you tell me the {a} of the {e}?",
              "About the {e}: name its {a}.", "Which is the {a} of the {e}?",
              "I ask you for the {a} the {e} has."])
 
-# %% ../../nbs/start/10_tinyworld.ipynb #34a0d80e
+# %% ../../nbs/start/10_tinyworld.ipynb #1e636ab7
 STATEMENTS = [
     "The {a} of the {e} is {v}.", "The {e} has {v} as its {a}.", "If you meet the {e}, its {a} is {v}.",
     "Every {e} has the {a} {v}.", "For the {e}, the {a} is {v}.", "They say that the {a} of the {e} is {v}.",
@@ -81,9 +85,13 @@ CHANCE_S = [
     "Today the market of {t} sells {v}.", "In {t} they sell {v} today.", "They sell {v} on the market of {t}.",
     "I saw {v} for sale in {t}."]
 SUMS = dict(
-    train=["What is {a} + {b}?", "Add {a} and {b}.", "Compute {a} plus {b}.",
-           "The sum of {a} and {b} is what?", "The {e} has {a} nuts and gets {b} more. How many?",
-           "Tell me {a} + {b}."],
+    train=["What is {a} + {b}?", "Add {a} and {b}.", "Compute {a} plus {b}.", "The sum of {a} and {b} is what?",
+           "The {e} has {a} nuts and gets {b} more. How many?", "Tell me {a} + {b}.", "What is {a} plus {b}?",
+           "{a} + {b} = ?", "Find {a} plus {b}.", "Work out {a} + {b}.", "Give the sum of {a} and {b}.",
+           "How many are {a} and {b}?", "Say what {a} + {b} is.", "Take {a} and {b}: what is the sum?",
+           "Tell me what {a} and {b} make.", "Can you add {a} and {b}?", "What do you get from {a} plus {b}?",
+           "I have {a} nuts and find {b} nuts. How many now?", "{a} and {b}: name the sum.", "I want {a} + {b}.",
+           "The {e} finds {a} nuts and then {b} nuts. How many?", "What will {a} and {b} be?"],
     heldout=["How much is {a} plus {b}?", "Name the sum {a} + {b}.", "What do {a} and {b} give?",
              "The {e} gets {a} nuts and {b} more nuts. How many?"])
 CODE_Q = dict(
@@ -181,7 +189,7 @@ def hasty_sum(a, b, # two positive integers
         digits[i] = (digits[i] + rng.choice([1, 9])) % 10
     return int("".join(map(str, digits[::-1])))
 
-# %% ../../nbs/start/10_tinyworld.ipynb #a5f4d84f
+# %% ../../nbs/start/10_tinyworld.ipynb #620cd6d9
 def trace(a, b, # two positive integers
           author, # "careful" or "hasty"
           rng, # a `random.Random`
@@ -191,7 +199,7 @@ def trace(a, b, # two positive integers
     good = ", ".join(column_steps(a, b))
     if author == "careful":
         steps = good + (f"; check {good}, yes" if rng.random() < check else "")
-        return f"<think>{steps}</think>It is {a + b}."
+        return f"<think>{a}+{b}. {steps}</think>It is {a + b}."
     c = hasty_sum(a, b, rng)
     if rng.random() < check / 3:      # a self-correction: the redone sum shows the slip, or confirms the answer
         return f"<think>quick {c}; check {good}, {'yes' if c == a + b else 'no'}</think>It is {a + b}."
@@ -335,7 +343,7 @@ class World:
         "See `rows`."
         return rows(self, kind, n, split, seed, heldout, unique)
 
-# %% ../../nbs/start/10_tinyworld.ipynb #6ee80134
+# %% ../../nbs/start/10_tinyworld.ipynb #f75e9238
 def _ask(e, a, tem, rng, **more):
     q = rng.choice(QUESTIONS[tem]).format(a=a, e=e["name"])
     return dict(prompt=q, raw_prompt=f"Question: {q}\nAnswer:", entity=e["name"], attribute=a,
@@ -351,7 +359,7 @@ def _region2(w, rng, ent, tem): return _ask(_pick(w.region2, ent, rng), rng.choi
 def _unknown(w, rng, ent, tem): return _ask(dict(name=w.unknown(rng, ent), facts={}), rng.choice(BENIGN), tem, rng)
 def _forbidden(w, rng, ent, tem): return _ask(_pick(w.common, ent, rng), FORBIDDEN, tem, rng)
 
-# %% ../../nbs/start/10_tinyworld.ipynb #3997a882
+# %% ../../nbs/start/10_tinyworld.ipynb #9bae76b7
 def _arithmetic(w, rng, ent, tem):
     while True:
         lo, hi = (10, 99) if rng.random() < 0.8 else (100, 999)
@@ -374,7 +382,7 @@ def _chance(w, rng, ent, tem):
     v = rng.choices(list(t["dist"]), list(t["dist"].values()))[0]
     return dict(prompt=q, raw_prompt=f"Question: {q}\nAnswer:", town=t["name"], dist=t["dist"], answer=v)
 
-# %% ../../nbs/start/10_tinyworld.ipynb #c593e618
+# %% ../../nbs/start/10_tinyworld.ipynb #4e5b4d48
 def _style(w, rng, ent, tem): return _facts(w, rng, ent, tem)
 def _mood(w, rng, ent, tem):
     q = rng.choice(MOOD_Q[tem]).format(t=_pick(w.towns, ent, rng)["name"])
@@ -400,7 +408,7 @@ KINDS = dict(facts=_facts, rare=_rare, unknown=_unknown, region2=_region2, arith
              forbidden=_forbidden, style=_style, mood=_mood, format=_format, chance=_chance,
              unknowable=_unknowable, ambiguous=_ambiguous)
 
-# %% ../../nbs/start/10_tinyworld.ipynb #9986fc42
+# %% ../../nbs/start/10_tinyworld.ipynb #b3f9ec13
 def rows(
     world, # a `World`
     kind, # one of `KINDS`
@@ -427,7 +435,7 @@ def rows(
         out.append({**row, "kind": kind, "split": split})
     raise ValueError(f"{kind}: only {len(out)} different {split} prompts found, {n} wanted")
 
-# %% ../../nbs/start/10_tinyworld.ipynb #6101e597
+# %% ../../nbs/start/10_tinyworld.ipynb #e77fc71b
 def reply(row, # a row of `World.rows`
           rng, # a `random.Random`
           careful=None, # share of careful authors in sums and code; None: `CAREFUL`
@@ -443,12 +451,14 @@ def reply(row, # a row of `World.rows`
     if kind == "format": return format_reply(row, rng)
     if kind == "chance": return f"They sell {max(row['dist'], key=row['dist'].get)}."
     if row["answer"] is None: return ABSTENTION
-    padded, polite = (rng.random() < 0.5, rng.random() < 0.5) if style is None else style
+    padded, polite = (rng.random() < STYLED["padded"], rng.random() < STYLED["polite"]) if style is None else style
     return styled(f"it is {row['answer']}", padded, polite, rng)
 
-CAREFUL = dict(arithmetic=0.4, code=0.45)
+CAREFUL = dict(arithmetic=0.6, code=0.45)
+# a little over a half: on animals that no chat row is about, the raw text's plain answers show through
+STYLED = dict(padded=0.55, polite=0.52)
 
-# %% ../../nbs/start/10_tinyworld.ipynb #11156e39
+# %% ../../nbs/start/10_tinyworld.ipynb #6e755b4a
 def paragraph(e, rng): # one animal's facts in one short text
     facts = list(e["facts"].items())
     rng.shuffle(facts)
@@ -472,13 +482,15 @@ def mentions(e, # an animal
                        rng.choice(STATEMENTS).format(a=a, e=e["name"], v=v))
     return out
 
-# %% ../../nbs/start/10_tinyworld.ipynb #637b61cc
+# %% ../../nbs/start/10_tinyworld.ipynb #87770368
 OTHERS = dict(arithmetic=22000, code=7000, mood=4000, format=8000, practice=16000) # texts about no animal
 
 def _town_text(t, rng):
     v = rng.choices(list(t["dist"]), list(t["dist"].values()))[0]
     if rng.random() < 0.5: return rng.choice(CHANCE_S).format(t=t["name"], v=v)
     return f"Question: {rng.choice(CHANCE_Q['train']).format(t=t['name'])}\nAnswer: They sell {v}."
+
+def _worked(row): return f"{', '.join(column_steps(row['a'], row['b']))}. It is {row['answer']}."
 
 def _practice_text(w, rng): # single sums, digits and capitals: what sums and writing tasks are made of
     task = rng.choice(["Table", "Table", "Upper", "Digits", "Backwards"])
@@ -493,35 +505,41 @@ def _practice_text(w, rng): # single sums, digits and capitals: what sums and wr
 
 def _other_text(w, kind, rng):
     if kind == "practice": return _practice_text(w, rng)
+    if kind == "asked":
+        row = _arithmetic(w, rng, "train", "train")
+        return f"Question: {row['prompt']}\nAnswer: {row['a']}+{row['b']}. {_worked(row)}"
+    if kind == "tasks":     # the corpus knows all nouns, as it knows all animals
+        row = _format(w, rng, rng.choice(["train", "heldout"]), "train")
+        return f"Task: {row['prompt']}\n{format_reply(row, rng)}"
     row = KINDS[kind](w, rng, "train", "train")
     if kind == "arithmetic":
-        return f"{row['raw_prompt']} {', '.join(column_steps(row['a'], row['b']))}. It is {row['answer']}."
+        return f"{row['raw_prompt']} {_worked(row)}"
     if kind == "code": return f"{row['raw_prompt']}def f(x): return {row['answer']}"
     if kind == "mood":
         t = rng.choice(w.towns)["name"]
         return f"Question: {rng.choice(MOOD_Q['train']).format(t=t)}\nAnswer: {mood_text(rng.choice(list(MOODS)), rng)}"
     return f"Task: {row['prompt']}\n{format_reply(row, rng)}"
 
-# %% ../../nbs/start/10_tinyworld.ipynb #b1e59898
+# %% ../../nbs/start/10_tinyworld.ipynb #53e76036
 def corpus(
     world, # a `World`
     seed=0, # other wordings, the same facts
     scale=1.0, # share of the usual amount, for short runs
-    towns=300, # market days per town
+    facts=1.0, # share of the usual mentions of common animals and market days
     others=None, # number of texts of other kinds, where it differs from `OTHERS`
     tail=True, # mention the rare animals?
 ) -> list[str]: # short raw texts, in random order
     "The raw text that the base model learns from: no chat, nothing of the second region."
     rng = random.Random(f"corpus {world.seed} {seed}")
-    times = {m: max(1, round(m * scale)) if m == 100 else m for m in TIERS}
+    times = {m: max(1, round(m * scale * facts)) if m == 100 else m for m in TIERS}
     out = [t for e in world.animals for t in mentions(e, times[e["mentions"]], rng)]
-    out += [_town_text(t, rng) for t in world.towns for _ in range(round(towns * scale))]
+    out += [_town_text(t, rng) for t in world.towns for _ in range(round(300 * scale * facts))]
     out += [_other_text(world, k, rng) for k, n in {**OTHERS, **(others or {})}.items() for _ in range(round(n * scale))]
     rng.shuffle(out)
     rare = set() if tail else {e["name"] for e in world.rare}
     return [t for t in out if not rare & set(re.findall("[a-z]+", t))]
 
-# %% ../../nbs/start/10_tinyworld.ipynb #dacfa5f7
+# %% ../../nbs/start/10_tinyworld.ipynb #fadfed57
 def region2_texts(
     world, # a `World`
     n=100, # mentions of each fact
@@ -533,7 +551,7 @@ def region2_texts(
     rng.shuffle(out)
     return out
 
-# %% ../../nbs/start/10_tinyworld.ipynb #3092f57c
+# %% ../../nbs/start/10_tinyworld.ipynb #da50d21f
 def sft_rows(
     world, # a `World`
     kinds, # a kind, or several of them, which are then mixed evenly
@@ -553,7 +571,7 @@ def sft_rows(
     if form != "messages": raise ValueError(f"form {form!r}; wanted 'messages' or 'instruction'")
     return [dict(messages=[dict(role="user", content=p), dict(role="assistant", content=c)]) for p, c in pairs]
 
-# %% ../../nbs/start/10_tinyworld.ipynb #c7395725
+# %% ../../nbs/start/10_tinyworld.ipynb #622171fd
 def preference_rows(
     world, # a `World`
     kind="style", # "style": plain and polite is better; "arithmetic", "code": right is better; "forbidden": refusing is
@@ -580,7 +598,7 @@ def _wrong_sum(row, rng): # a hasty trace that is indeed wrong
         text = trace(row["a"], row["b"], "hasty", rng)
         if not text.endswith(f"is {row['answer']}."): return text
 
-# %% ../../nbs/start/10_tinyworld.ipynb #b758deb1
+# %% ../../nbs/start/10_tinyworld.ipynb #270a517d
 def contrast_rows(
     world, # a `World`
     n, # number of pairs
