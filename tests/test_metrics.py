@@ -122,7 +122,8 @@ def test_likelihood_agrees_with_scoring_one_row_at_a_time(tiny, backend):
     from realign_core.engine.policy import Batch, load
     from realign_core.methods import dpo
     policy = load(tiny, backend)
-    rows = read([{"prompt": "the", "chosen": "A cat.", "rejected": "No."}, {"prompt": "a b c", "chosen": "Yes, a dog.", "rejected": "Two."}])
+    rows = read([{"prompt": "the", "chosen": "A cat.", "rejected": "No."},
+                 {"prompt": "a b c", "chosen": "Yes, a dog.", "rejected": "Two."}])
     logps, tokens = likelihood(policy, rows, dpo.encode, batch_size=1)
     together, _ = likelihood(policy, rows, dpo.encode)
     assert logps.shape == tokens.shape == (2, 2) and np.allclose(logps, together, atol=1e-4)
