@@ -21,12 +21,14 @@ WORKERS = os.environ.get("REALIGN_WORKERS", "2")
 def run(*command: str) -> tuple[int, str]:
     "Run a command in the project's folder, show what it prints, and return its status and its last line."
     environment = {k: v for k, v in os.environ.items() if k != "IN_TEST"}  # nbdev exports nothing when it is set
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    last = ""
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        last = line.strip() or last
-    return process.wait(), last
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    shown = b""
+    while piece := os.read(process.stdout.fileno(), 4096):  # by pieces, not by lines: pytest prints a dot at a time
+        sys.stdout.buffer.write(piece)
+        sys.stdout.buffer.flush()
+        shown = (shown + piece)[-4096:]
+    lines = [line.strip() for line in shown.decode(errors="replace").splitlines() if line.strip()]
+    return process.wait(), lines[-1] if lines else ""
 
 
 def hashes(*patterns: str) -> dict[str, str]:
@@ -53,7 +55,7 @@ def steps() -> list[tuple[str, object]]:
         ("the package is what the notebooks export", lambda: unchanged(export, "realign_core/**/*.py", "pyproject.toml")),
         ("the notebooks are clean", lambda: unchanged(clean, "nbs/**/*.ipynb")),
         ("README.md and the sidebar are up to date", lambda: run(sys.executable, "tools/site.py", "--check")),
-        ("ruff finds nothing", lambda: run(sys.executable, "-m", "ruff", "check", "--quiet", ".")),
+        ("ruff finds nothing", lambda: run(sys.executable, "-m", "ruff", "check", "--output-format", "concise", ".")),
         ("the tests pass, notebooks included", lambda: run(*pytest)),
     ]
 

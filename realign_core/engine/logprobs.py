@@ -15,7 +15,7 @@ from array_api_compat import array_namespace
 __all__ = ['finite_difference', 'log_sigmoid', 'log1mexp', 'masked_sum', 'masked_mean', 'sequence_logps', 'log_softmax',
            'entropy', 'k1', 'k2', 'k3']
 
-# %% ../../nbs/engine/01_logprobs.ipynb #f1f47797
+# %% ../../nbs/engine/01_logprobs.ipynb #7aaa0527
 def finite_difference(
     f: Callable,       # scalar function of one float64 array
     x: np.ndarray,     # where to take the gradient
@@ -30,7 +30,7 @@ def finite_difference(
         gradient[i] = (f(x + step) - f(x - step)) / (2 * h)
     return gradient
 
-# %% ../../nbs/engine/01_logprobs.ipynb #0fed3a9b
+# %% ../../nbs/engine/01_logprobs.ipynb #f8f3644c
 def log_sigmoid(
     x: Any,  # any shape
 ) -> Any:    # same shape, ≤ 0
@@ -38,7 +38,7 @@ def log_sigmoid(
     xp = array_namespace(x)
     return -xp.logaddexp(xp.zeros_like(x), -x)
 
-# %% ../../nbs/engine/01_logprobs.ipynb #7f3388db
+# %% ../../nbs/engine/01_logprobs.ipynb #04d62f24
 def log1mexp(
     x: Any,  # any shape, ≤ 0
 ) -> Any:    # same shape, ≤ 0; −inf at x = 0
@@ -49,7 +49,7 @@ def log1mexp(
     large = xp.where(near, -xp.ones_like(x), x)
     return xp.where(near, xp.log(-xp.expm1(small)), xp.log1p(-xp.exp(large)))
 
-# %% ../../nbs/engine/01_logprobs.ipynb #3d9f441d
+# %% ../../nbs/engine/01_logprobs.ipynb #d783cdc2
 def masked_sum(
     x: Any,                  # any shape
     mask: Any,               # same shape, bool, True where x counts
@@ -70,7 +70,7 @@ def masked_mean(
     count = xp.sum(xp.where(mask, xp.ones_like(x), xp.zeros_like(x)), axis=axis)
     return masked_sum(x, mask, axis) / xp.clip(count, 1.0, None)
 
-# %% ../../nbs/engine/01_logprobs.ipynb #d2823b03
+# %% ../../nbs/engine/01_logprobs.ipynb #7eddf6dd
 def sequence_logps(
     logps: Any,            # (B, T) token log-probabilities, nats
     mask: Any,             # (B, T) bool, True at the answer's tokens
@@ -79,7 +79,7 @@ def sequence_logps(
     "Log-probability of each sequence's targets, summed or averaged over its tokens."
     return masked_mean(logps, mask, axis=1) if average else masked_sum(logps, mask, axis=1)
 
-# %% ../../nbs/engine/01_logprobs.ipynb #02dffda6
+# %% ../../nbs/engine/01_logprobs.ipynb #22b8a66f
 def log_softmax(
     logits: Any,  # (..., V)
 ) -> Any:         # (..., V) log-probabilities, nats
@@ -97,7 +97,7 @@ def entropy(
     logp = xp.clip(log_softmax(logits), -1e4, None)  # p log p at p = 0 is 0, not 0 · ∞
     return -xp.sum(xp.exp(logp) * logp, axis=-1)
 
-# %% ../../nbs/engine/01_logprobs.ipynb #6d9d9733
+# %% ../../nbs/engine/01_logprobs.ipynb #1cebb729
 def k1(
     logps: Any,      # (...) log-probabilities under the policy that sampled the tokens, nats
     ref_logps: Any,  # (...) the same tokens under the reference

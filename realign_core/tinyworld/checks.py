@@ -17,7 +17,7 @@ from .world import code_tests
 __all__ = ['REFUSES', 'ABSTAINS', 'ASKS', 'THINK', 'WORDS', 'OPS', 'CALLS', 'LIMIT', 'DEF', 'CHECKS', 'Verdict', 'answer_of',
            'style_of', 'mood_of', 'Unsafe', 'read_function', 'run_function', 'check']
 
-# %% ../../nbs/start/11_tinyworld_checks.ipynb #34552b48
+# %% ../../nbs/start/11_tinyworld_checks.ipynb #68208bd4
 @dataclass(frozen=True)
 class Verdict:
     "What an answer turned out to be."
@@ -36,7 +36,7 @@ def answer_of(completion # a model's text
     if "<think>" in completion and "</think>" not in completion: return ""
     return completion.rsplit("</think>", 1)[-1].strip()
 
-# %% ../../nbs/start/11_tinyworld_checks.ipynb #b9aa2d28
+# %% ../../nbs/start/11_tinyworld_checks.ipynb #1d0312f9
 WORDS = {a: re.compile(r"\b(" + "|".join(v) + r")\b", re.I) for a, v in VALUES.items()}
 
 def style_of(text # an answer
@@ -55,7 +55,7 @@ def mood_of(text # any text
     if not any(n.values()): return "none"
     return "mixed" if all(n.values()) else max(n, key=n.get)
 
-# %% ../../nbs/start/11_tinyworld_checks.ipynb #002c1505
+# %% ../../nbs/start/11_tinyworld_checks.ipynb #6a330dd3
 OPS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
        ast.Div: operator.truediv, ast.Mod: operator.mod, ast.Pow: operator.pow, ast.USub: operator.neg,
        ast.UAdd: operator.pos, ast.Not: operator.not_, ast.Gt: operator.gt, ast.Lt: operator.lt,
@@ -92,7 +92,7 @@ def _bounded(v):
     if isinstance(v, (int, float)) and not abs(v) <= LIMIT: raise Unsafe("number out of bounds")
     return v
 
-# %% ../../nbs/start/11_tinyworld_checks.ipynb #29ffc2a5
+# %% ../../nbs/start/11_tinyworld_checks.ipynb #dd4c0546
 DEF = re.compile(r"(?:^|\n)[ \t]*(?:def\s+f\s*\(\s*([a-z]\w{0,9})\s*\)\s*:\s*return\s+"
                  r"|f\s*=\s*lambda\s+([a-z]\w{0,9})\s*:\s*)([^\n;]{1,200})")
 
@@ -112,7 +112,7 @@ def run_function(arg, tree, # from `read_function`
     except (TypeError, ZeroDivisionError, OverflowError, RecursionError, ValueError) as e:
         raise Unsafe(str(e)) from None
 
-# %% ../../nbs/start/11_tinyworld_checks.ipynb #7e24457f
+# %% ../../nbs/start/11_tinyworld_checks.ipynb #f1856aae
 def _check_fact(row, text):
     found = sorted({w.lower() for w in WORDS[row["attribute"]].findall(text)})
     if len(found) == 1:
@@ -136,7 +136,7 @@ def _check_code(row, text):
     ok = all(type(g) is type(y) and g == y for g, y in got)
     return Verdict("right" if ok else "wrong", ok, ast.unparse(tree))
 
-# %% ../../nbs/start/11_tinyworld_checks.ipynb #f5fcc1a1
+# %% ../../nbs/start/11_tinyworld_checks.ipynb #c158a71c
 def _check_format(row, text):
     w, u, n, words = row["w"], row["u"], row["k"], re.findall(r"[^\s]+", text)
     lines = [x.strip() for x in text.splitlines() if x.strip()]
@@ -155,7 +155,7 @@ def _check_mood(row, text):
     m = mood_of(text)
     return Verdict(m if m in MOODS else "malformed", m in MOODS, m)
 
-# %% ../../nbs/start/11_tinyworld_checks.ipynb #92249691
+# %% ../../nbs/start/11_tinyworld_checks.ipynb #d8d51f1a
 CHECKS = dict(arithmetic=_check_sum, code=_check_code, format=_check_format, chance=_check_chance, mood=_check_mood)
 
 def check(row, # a row of `World.rows`

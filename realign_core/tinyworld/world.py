@@ -435,7 +435,7 @@ def rows(
         out.append({**row, "kind": kind, "split": split})
     raise ValueError(f"{kind}: only {len(out)} different {split} prompts found, {n} wanted")
 
-# %% ../../nbs/start/10_tinyworld.ipynb #e77fc71b
+# %% ../../nbs/start/10_tinyworld.ipynb #130428ed
 def reply(row, # a row of `World.rows`
           rng, # a `random.Random`
           careful=None, # share of careful authors in sums and code; None: `CAREFUL`
@@ -454,7 +454,7 @@ def reply(row, # a row of `World.rows`
     padded, polite = (rng.random() < STYLED["padded"], rng.random() < STYLED["polite"]) if style is None else style
     return styled(f"it is {row['answer']}", padded, polite, rng)
 
-CAREFUL = dict(arithmetic=0.6, code=0.45)
+CAREFUL = dict(arithmetic=0.7, code=0.45)
 # a little over a half: on animals that no chat row is about, the raw text's plain answers show through
 STYLED = dict(padded=0.55, polite=0.52)
 
