@@ -13,6 +13,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 LISTED := constraints.txt settings.ini setup.py pyproject.toml
 
+# Exact versions; Python compiles a module when it is first imported, which is quicker than compiling all of them now.
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+
 # Two CPU threads beside another busy process are far slower than one, and the shipped models gain little from a second.
 ONE    := OMP_NUM_THREADS=1 REALIGN_THREADS=1
 
@@ -29,15 +32,15 @@ $(BIN)/python:
 	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed: none of python3.11, python3.12, python3.13, python3 is"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# Two stages: what a run needs, then what developing needs. Each stamp is older than its work only when a list changed.
+# Two stages: what a run needs, then what developing needs. A stamp makes the second time fast; a changed list makes it stale.
 $(VENV)/run.stamp: $(BIN)/python $(LISTED)
 	@echo "Setting up $(VENV) for runs (once) …"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(FRAMEWORK),notebooks]'
+	@$(PIP) -e '.[$(FRAMEWORK),notebooks]'
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp
 	@echo "Setting up $(VENV) for development (once) …"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PIP) -e '.[dev]'
 	@touch $@
 
 run: $(VENV)/run.stamp

@@ -276,19 +276,20 @@ def _line(outcome: Outcome) -> dict[str, str]:
             "effect": interval_text(record.get("effect")), "time": f"{record['seconds']:.0f} s" if record else "",
             "result": outcome.error.split(":")[0] if outcome.error else "ok"}
 
-# %% ../nbs/engine/12_command_line.ipynb #ffc3bc54
+# %% ../nbs/engine/12_command_line.ipynb #64033c67
 def report_command(args: argparse.Namespace) -> int:
     "Gather every metrics.json below a folder into one table, as Markdown and as a page."
     from realign_core.report import collect, write_report
     folder = args.folder or runs_root()
     records = collect(folder)
     written = write_report(records, args.out or folder, keep=args.keep)
-    print(f"{len(records)} runs, {sum(r.get('passed') is False for r in records)} with a gate that does not hold")
+    failed = sum(r.get("passed") is False for r in records)
+    print(f"{len(records)} {'run' if len(records) == 1 else 'runs'}, {failed} with a gate that does not hold")
     for path in written:
         print(f"  {_short_path(path)}")
     return 0
 
-# %% ../nbs/engine/12_command_line.ipynb #a4ae1cce
+# %% ../nbs/engine/12_command_line.ipynb #622b03e9
 def parser() -> argparse.ArgumentParser:
     "The command line's grammar."
     top = argparse.ArgumentParser(prog="realign", description="LLM post-training you can read, run and trust.")
@@ -333,6 +334,9 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"realign: {error.name} is not installed; run pip install 'realign_core[notebooks]'", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has seen enough, as `realign list | head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("realign: interrupted", file=sys.stderr)
         return 130

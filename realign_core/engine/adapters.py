@@ -127,7 +127,7 @@ def _inside_block(path: str) -> str:
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[numbers[0] + 1:]) if numbers else path
 
-# %% ../../nbs/engine/06_adapters.ipynb #b90e2aee
+# %% ../../nbs/engine/06_adapters.ipynb #4094fb65
 def read_adapter(
     folder: str | Path,    # a saved adapter, PEFT's layout or mlx-lm's
 ) -> tuple[LoRA, Tensors]: # settings, and path -> (A (r, in), B (out, r), m (out,) or None), float32
@@ -146,7 +146,7 @@ def read_adapter(
     _check_shapes(folder, lora, tensors)
     return lora, tensors
 
-# %% ../../nbs/engine/06_adapters.ipynb #3675bd0a
+# %% ../../nbs/engine/06_adapters.ipynb #90acccd3
 def _read_config(folder: Path) -> dict:
     "`adapter_config.json` as a dictionary."
     path = folder / CONFIG
@@ -194,7 +194,7 @@ def _decode(name: str, entry: dict) -> np.ndarray:
         raise ValueError(f"tensor {name} has type {entry['dtype']}; wanted a float")
     return np.frombuffer(entry["data"], dtype=kinds[entry["dtype"]]).astype(np.float32).reshape(entry["shape"])
 
-# %% ../../nbs/engine/06_adapters.ipynb #066118f4
+# %% ../../nbs/engine/06_adapters.ipynb #6d65cfc7
 _UNSUPPORTED = {"bias": "none", "modules_to_save": None, "rank_pattern": None, "alpha_pattern": None, "lora_bias": False,
                 "fan_in_fan_out": False, "trainable_token_indices": None, "target_parameters": None}
 
@@ -220,7 +220,7 @@ def _from_peft(folder: Path, config: dict, arrays: dict[str, np.ndarray]) -> tup
     targets, dropout = _names(wanted, tensors) if bare else tensors, float(config.get("lora_dropout") or 0)
     return LoRA(int(rank), float(alpha), dropout, tuple(targets), bool(config.get("use_dora"))), tensors
 
-# %% ../../nbs/engine/06_adapters.ipynb #0892ef57
+# %% ../../nbs/engine/06_adapters.ipynb #cb0634de
 def _from_mlx(folder: Path, config: dict, arrays: dict[str, np.ndarray]) -> tuple[LoRA, Tensors]:
     "Settings and tensors of mlx-lm's layout."
     place, kind = folder / CONFIG, config.get("fine_tune_type", "lora")
@@ -239,7 +239,7 @@ def _from_mlx(folder: Path, config: dict, arrays: dict[str, np.ndarray]) -> tupl
     targets = _names(keys, tensors) if any(".0." in path for path in tensors) and not set(keys) & tensors.keys() else tensors
     return LoRA(int(rank), rank * scale, float(settings.get("dropout") or 0), tuple(targets), kind == "dora"), tensors
 
-# %% ../../nbs/engine/06_adapters.ipynb #e4a319de
+# %% ../../nbs/engine/06_adapters.ipynb #92139297
 def _number(place: Path, config: dict, key: str) -> int | float:
     "A positive number from a configuration."
     value = config.get(key)
@@ -284,7 +284,7 @@ def _check_shapes(folder: Path, lora: LoRA, tensors: Tensors) -> None:
         if m is not None and m.shape != (b.shape[0],):
             raise ModelError(f"{folder}: layer {path} has a magnitude of shape {m.shape}; wanted ({b.shape[0]},)")
 
-# %% ../../nbs/engine/06_adapters.ipynb #4338bed8
+# %% ../../nbs/engine/06_adapters.ipynb #8efe3803
 def convert_adapter(
     source: str | Path,             # an adapter in either layout
     target: str | Path,             # the new folder

@@ -83,7 +83,7 @@ def load_model(
         raise ModelError(f"{folder}: {len(missing)} weights are missing from the snapshot, the first is {missing[0]}")
     return model.to(device).eval()
 
-# %% ../../nbs/engine/03_torch.ipynb #d6d08c75
+# %% ../../nbs/engine/03_torch.ipynb #b206ef7e
 def target_states(
     model: nn.Module,                       # a transformers causal language model
     ids: torch.Tensor,                      # (B, T) token ids
@@ -94,7 +94,7 @@ def target_states(
     hidden = model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
     return hidden[:, :-1][mask[:, 1:]]
 
-# %% ../../nbs/engine/03_torch.ipynb #87e84f0b
+# %% ../../nbs/engine/03_torch.ipynb #c235c12e
 class Head:
     "From hidden states (N, D) to float32 logits (N, V), with what the family does to them after the matrix."
 
@@ -113,7 +113,7 @@ class Head:
             logits = logits * self.factor
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
 
-# %% ../../nbs/engine/03_torch.ipynb #43350271
+# %% ../../nbs/engine/03_torch.ipynb #19a87cc8
 CHUNK_BYTES = 64 * 2**20  # float32 logits held at once while scoring
 
 
@@ -137,7 +137,7 @@ def scatter(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     "Values (N,) at the True entries of a mask (B, T), zeros elsewhere."
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
-# %% ../../nbs/engine/03_torch.ipynb #eb048715
+# %% ../../nbs/engine/03_torch.ipynb #78c458e2
 def check_packing(segments: np.ndarray, positions: np.ndarray) -> None:
     "Positions (B, T) must count from 0 in every segment; raises `ModelError` when they do not."
     first = np.diff(segments, prepend=0, axis=1) != 0
@@ -147,7 +147,7 @@ def check_packing(segments: np.ndarray, positions: np.ndarray) -> None:
     if (np.diff(positions, prepend=-1, axis=1)[inside] != 1).any():
         raise ModelError("packed batch: positions do not count up by 1 inside a segment")
 
-# %% ../../nbs/engine/03_torch.ipynb #2acb9951
+# %% ../../nbs/engine/03_torch.ipynb #170849c4
 def sampling_noise(
     seed: int,
     rows: list[tuple[int, int]],  # (index of the prompt, index of the sample) of each row
@@ -156,7 +156,7 @@ def sampling_noise(
     "The uniform numbers behind each completion, independent of how rows are batched."
     return np.stack([np.random.default_rng([seed, *row]).random(tokens) for row in rows])
 
-# %% ../../nbs/engine/03_torch.ipynb #89e6a370
+# %% ../../nbs/engine/03_torch.ipynb #05f06be9
 def choose(
     logits: torch.Tensor,        # (R, V) float32
     temperature: float = 1.0,    # 0 is greedy
@@ -181,7 +181,7 @@ def nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
     keep = ordered.cumsum(-1) - ordered < top_p  # mass before a token; the first is always kept
     return torch.zeros_like(probs).scatter(-1, index, ordered * keep)
 
-# %% ../../nbs/engine/03_torch.ipynb #5191d4b1
+# %% ../../nbs/engine/03_torch.ipynb #db392448
 def stop_tokens(
     tokenizer,       # a transformers tokenizer
     folder: Path,    # the snapshot, whose generation_config.json may name more
@@ -196,7 +196,7 @@ def stop_tokens(
         found.add(ChatTokens(tokenizer).end_of_turn)
     return found - {None}
 
-# %% ../../nbs/engine/03_torch.ipynb #9c78a556
+# %% ../../nbs/engine/03_torch.ipynb #52862741
 def prefill(
     model: nn.Module,
     prompts: list[list[int]],    # P prompts of similar length
@@ -215,7 +215,7 @@ def prefill(
         cache.batch_repeat_interleave(n)
     return cache, attend.repeat_interleave(n, 0), hidden.repeat_interleave(n, 0)
 
-# %% ../../nbs/engine/03_torch.ipynb #86361911
+# %% ../../nbs/engine/03_torch.ipynb #1f9daa65
 class Written:
     "What the rows of a batch have written so far, and which of them are still running."
 
@@ -234,7 +234,7 @@ class Written:
         self.step += 1
         return self.lengths[rows] == 0
 
-# %% ../../nbs/engine/03_torch.ipynb #d69c20f3
+# %% ../../nbs/engine/03_torch.ipynb #b358287f
 @torch.no_grad()
 def decode(
     model: nn.Module,
@@ -265,7 +265,7 @@ def decode(
                                   position_ids=positions[:, None], past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
         positions = positions + 1
 
-# %% ../../nbs/engine/03_torch.ipynb #809b1bce
+# %% ../../nbs/engine/03_torch.ipynb #a2031a60
 def adapted_layers(
     model: nn.Module,
     targets: tuple[str, ...],  # endings of paths, or whole paths
@@ -283,7 +283,7 @@ def adapted_layers(
     wanted = {p for paths in found.values() for p in paths}
     return [p for p in linear if p in wanted]
 
-# %% ../../nbs/engine/03_torch.ipynb #b0d2e413
+# %% ../../nbs/engine/03_torch.ipynb #63c1a040
 def add_adapters(
     model: nn.Module,
     lora: LoRA,
@@ -306,7 +306,7 @@ def add_adapters(
     wrapper.eval()
     return wrapper, layers
 
-# %% ../../nbs/engine/03_torch.ipynb #381a5240
+# %% ../../nbs/engine/03_torch.ipynb #23925a81
 def layer_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     "The trainable arrays of an adapted layer by the end of PEFT's name: A (r, in), B (out, r) and, for DoRA, m (out,)."
     found = {"lora_A.weight": layer.lora_A["default"].weight, "lora_B.weight": layer.lora_B["default"].weight}
@@ -325,7 +325,7 @@ def write_layer(path: str, layer: nn.Module, arrays: tuple) -> None:
         with torch.no_grad():
             parameter.copy_(torch.from_numpy(np.ascontiguousarray(array)))
 
-# %% ../../nbs/engine/03_torch.ipynb #18fa8dd6
+# %% ../../nbs/engine/03_torch.ipynb #6f82e59e
 class _Preparing:
     "From a batch of NumPy arrays to hidden states at its targets."
 
@@ -357,7 +357,7 @@ class _Preparing:
         states = target_states(model or self.model, batch.ids[:, :used], batch.mask[:, :used], positions)
         return states, batch.ids[batch.mask].long()
 
-# %% ../../nbs/engine/03_torch.ipynb #10ce4eac
+# %% ../../nbs/engine/03_torch.ipynb #4017b3fc
 class _Scoring(_Preparing):
     "score, entropy."
 
@@ -377,7 +377,7 @@ class _Scoring(_Preparing):
                  for h in self._states(prepared)[0].split(max(1, CHUNK_BYTES // (4 * self.head.vocab)))]
         return scatter(torch.cat(parts), prepared.mask).cpu().numpy()
 
-# %% ../../nbs/engine/03_torch.ipynb #2e899d39
+# %% ../../nbs/engine/03_torch.ipynb #4ee52fdd
 class _States:
     "hidden_states."
 
@@ -411,7 +411,7 @@ class _States:
         def tensor(x): return None if x is None else torch.tensor(np.asarray(x), device=self.device).long()
         self.model.base_model(input_ids=tensor(batch.ids), position_ids=tensor(batch.positions), use_cache=False)
 
-# %% ../../nbs/engine/03_torch.ipynb #76f83a3b
+# %% ../../nbs/engine/03_torch.ipynb #63184a40
 class _Referring:
     "freeze_reference, and the use of it."
 
@@ -432,7 +432,7 @@ class _Referring:
         else:
             yield self._frozen, Head(self._frozen)
 
-# %% ../../nbs/engine/03_torch.ipynb #089e2b33
+# %% ../../nbs/engine/03_torch.ipynb #aa8d46bd
 class _Sampling:
     "generate."
 
@@ -468,7 +468,7 @@ class _Sampling:
         return [Completion(tuple(k.tolist()), written.logps[r, :len(k)].copy(), int(k[-1]) in self.stops, text)
                 for r, (k, text) in enumerate(zip(kept, texts, strict=True))]
 
-# %% ../../nbs/engine/03_torch.ipynb #a2a4a590
+# %% ../../nbs/engine/03_torch.ipynb #7a7b7b0e
 class _Learning:
     "backward, gradients."
 
@@ -510,7 +510,7 @@ class _Learning:
         return {f"base_model.model.{path}.{name}": p for path, layer in self._layers.items()
                 for name, p in layer_parameters(layer).items()}
 
-# %% ../../nbs/engine/03_torch.ipynb #b421ff32
+# %% ../../nbs/engine/03_torch.ipynb #a3093222
 class _Stepping(_Learning):
     "configure, step."
 
@@ -549,7 +549,7 @@ class _Stepping(_Learning):
             if self._masters[name] is not p:
                 p.copy_(self._masters[name])
 
-# %% ../../nbs/engine/03_torch.ipynb #8ab18d99
+# %% ../../nbs/engine/03_torch.ipynb #b38c477e
 _KEPT_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
                "vocab.json", "merges.txt", "*.jinja")
 
@@ -592,7 +592,7 @@ class _Saving:
         self.lora, self._wrapper, self._layers, self._optimizer, self._masters = None, None, {}, None, {}
         self.head = Head(self.model)
 
-# %% ../../nbs/engine/03_torch.ipynb #8f29592a
+# %% ../../nbs/engine/03_torch.ipynb #0b2c1ea8
 class _Remembering:
     "save_state."
 
@@ -613,7 +613,7 @@ class _Remembering:
         return {"backend": self.backend, "source": self.source, "lora": asdict(self.lora) if self.lora else None,
                 "optimizer": asdict(self._settings), "seed": self.seed}
 
-# %% ../../nbs/engine/03_torch.ipynb #c4e913db
+# %% ../../nbs/engine/03_torch.ipynb #591603aa
 class _Resuming(_Remembering):
     "load_state."
 
@@ -648,7 +648,7 @@ class _Resuming(_Remembering):
                 self._optimizer.state[p] = {key: moments[f"{name}.{key}"].to(p.device).clone() for key in keys}
         self._copy_masters()
 
-# %% ../../nbs/engine/03_torch.ipynb #cadd7faf
+# %% ../../nbs/engine/03_torch.ipynb #17d52684
 class _Checking:
     "The check at the end of loading."
 
@@ -664,7 +664,7 @@ class _Checking:
             raise ModelError(f"{self.source}: log-probabilities differ from the model's own by {error:.3g}; "
                              f"{self.config.get('model_type')} changes its logits in a way that is not supported")
 
-# %% ../../nbs/engine/03_torch.ipynb #d6cc8cc4
+# %% ../../nbs/engine/03_torch.ipynb #24350c7c
 def window(config) -> int:
     "The longest sequence that the model's positions allow, in tokens."
     config = config.get_text_config()
@@ -681,7 +681,7 @@ def load_tokenizer(folder: Path):
     except Exception as error:
         raise ModelError(f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error})") from error
 
-# %% ../../nbs/engine/03_torch.ipynb #42eb24aa
+# %% ../../nbs/engine/03_torch.ipynb #42e5d380
 class TorchPolicy(_Scoring, _States, _Referring, _Sampling, _Stepping, _Saving, _Resuming, _Checking):
     "A transformers model, with peft's adapters if wanted, behind the `Policy` protocol."
     backend = "torch"
