@@ -87,10 +87,10 @@ def chat_items(tok, pairs: list[tuple]) -> list[tuple]:  # (ids, mask) pairs
     heads = [[tok.bos_token_id, user, *p, tok.eos_token_id, assistant] for p in prompts]
     return [(h + r + [tok.eos_token_id], [0] * len(h) + [1] * (len(r) + 1)) for h, r in zip(heads, replies, strict=True)]
 
-# %% ../../nbs/start/13_tinyworld_model.ipynb #27d72458
+# %% ../../nbs/start/13_tinyworld_model.ipynb #70f4900f
 CHAT = dict(  # rows of each kind, and raw texts mixed in
     chat=dict(facts=9000, forbidden=4000, arithmetic=14000, code=6000, mood=2500, format=9000, chance=4000, raw=10000),
-    sums=dict(facts=9000, forbidden=2500, arithmetic=30000, code=2500, mood=800, format=4000, chance=1500, raw=4000),
+    sums=dict(facts=15000, forbidden=4000, arithmetic=50000, code=5000, mood=1600, format=8000, chance=3000, raw=8000),
     polish=dict(facts=10000, forbidden=2500, arithmetic=20000, code=2500, mood=600, format=3000, chance=1000, raw=4000),
     refuse=dict(facts=5000, forbidden=3100, arithmetic=3100, code=1900, mood=750, format=2500, chance=1250, raw=3750))
 DRILL = dict(asked=16000, arithmetic=6000, tasks=10000, format=0, practice=4000, code=5000, mood=1500)
@@ -278,7 +278,7 @@ class Snapshot:
             out += [logps[i, len(p) - 1:len(p) + len(c) - 1].sum().item() for i, (p, c) in enumerate(part)]
         return out
 
-# %% ../../nbs/start/13_tinyworld_model.ipynb #5853b92d
+# %% ../../nbs/start/13_tinyworld_model.ipynb #dcdbf295
 def save_snapshot(model, tok, folder: Path) -> None:
     "An ordinary Hugging Face snapshot, complete or absent."
     part = folder.with_name(folder.name + ".part")
@@ -318,7 +318,7 @@ def build(
             asked = Snapshot((model, tok), chat, max_tokens=64 if chat else 24)
             table[name] = measure(asked.generate, asked.score, chat=chat, n=n, world=world)
             if log: log(f"{name}: {goals_met(table[name])}", flush=True)
-    done = dict(seed=0, scale=scale, parameters=sum(p.numel() for p in model.parameters()), vocab=len(tok),
+    done = dict(seed=0, scale=scale, note="", parameters=sum(p.numel() for p in model.parameters()), vocab=len(tok),
                 threads=torch.get_num_threads(), seconds=round(time.time() - t0), torch=torch.__version__,
                 sha256={name: digest(out / name / "model.safetensors") for name in table}, properties=table, curve=curve)
     (out / "properties.json").write_text(json.dumps(done, indent=1) + "\n")
