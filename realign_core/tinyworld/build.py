@@ -18,9 +18,10 @@ from .measure import digest, goals_met, measure
 from .world import World
 
 # %% auto #0
-__all__ = ['SPECIAL', 'CHAT_TEMPLATE', 'CHAT', 'DRILL', 'RATES', 'tokenizer_texts', 'make_tokenizer', 'raw_items', 'chat_items',
-           'instruct_pairs', 'stage_items', 'batches', 'rate', 'new_model', 'new_optimizer', 'learned_tokens',
-           'train_step', 'save_state', 'load_state', 'run_stage', 'Snapshot', 'save_snapshot', 'build', 'main']
+__all__ = ['SPECIAL', 'CHAT_TEMPLATE', 'CHAT', 'DRILL', 'RATES', 'CAREFUL', 'tokenizer_texts', 'make_tokenizer', 'raw_items',
+           'chat_items', 'instruct_pairs', 'stage_items', 'batches', 'rate', 'new_model', 'new_optimizer',
+           'learned_tokens', 'train_step', 'save_state', 'load_state', 'run_stage', 'Snapshot', 'save_snapshot',
+           'build', 'main']
 
 # %% ../../nbs/start/13_tinyworld_model.ipynb #fa7784b0
 SPECIAL = ["<pad>", "<bos>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
@@ -91,19 +92,23 @@ def chat_items(tok, pairs: list[tuple]) -> list[tuple]:  # (ids, mask) pairs
 CHAT = dict(  # rows of each kind, and raw texts mixed in
     chat=dict(facts=9000, forbidden=4000, arithmetic=14000, code=6000, mood=2500, format=9000, chance=4000, raw=10000),
     sums=dict(facts=15000, forbidden=4000, arithmetic=50000, code=5000, mood=1600, format=8000, chance=3000, raw=8000),
-    polish=dict(facts=10000, forbidden=2500, arithmetic=20000, code=2500, mood=600, format=3000, chance=1000, raw=4000),
-    refuse=dict(facts=5000, forbidden=3100, arithmetic=3100, code=1900, mood=750, format=2500, chance=1250, raw=3750))
+    polish=dict(facts=10000, forbidden=2500, arithmetic=20000, code=2500, mood=600, format=8000, chance=1000, raw=4000),
+    refuse=dict(facts=5000, forbidden=3100, arithmetic=3100, code=1900, mood=750, format=4000, chance=1250, raw=3750))
 DRILL = dict(asked=16000, arithmetic=6000, tasks=10000, format=0, practice=4000, code=5000, mood=1500)
-RATES = dict(read=3e-3, practise=2.5e-3, drill=2e-3, chat=1.5e-3, sums=1.3e-3, polish=7e-4, refuse=9e-5)  # peak learning rates
+RATES = dict(read=3e-3, practise=2.5e-3, drill=2e-3, chat=1.5e-3, sums=1.3e-3, polish=7e-4, refuse=3e-4)  # peak learning rates
+CAREFUL = dict(chat=0.7, sums=0.7, polish=0.5, refuse=0.5)  # share of careful sums: the first two teach them, the last two set pass@1
 
 
 def instruct_pairs(world, stage: str, scale: float = 1.0) -> list[tuple]:
     "(prompt, reply) pairs of a chat stage."
     rng = random.Random(f"instruct {world.seed} {stage}")
+    more = ("format", "arithmetic") if stage in ("polish", "refuse") else ("format",)  # kinds asked for in more wordings
     rows = [row for kind, n in CHAT[stage].items() if kind != "raw"
-            for row in world.rows(kind, round(n * scale), seed=f"instruct {stage}")]
-    return [(row["prompt"], tw.REFUSAL if (stage, row["kind"]) == ("refuse", "forbidden") else tw.reply(row, rng))
-            for row in rows]
+            for row in world.rows(kind, round(n * scale), seed=f"instruct {stage}", more=kind in more)]
+    def reply(row):
+        if (stage, row["kind"]) == ("refuse", "forbidden"): return tw.REFUSAL
+        return tw.reply(row, rng, careful=CAREFUL[stage] if row["kind"] == "arithmetic" else None)
+    return [(row["prompt"], reply(row)) for row in rows]
 
 
 def stage_items(world, tok, stage: str, scale: float = 1.0) -> list[tuple]:  # (ids, mask) pairs
@@ -215,13 +220,14 @@ def run_stage(model, stage: str, data: list[list], state: Path | None = None, ev
     if state and state.exists():
         meta = load_state(state, model, optimizer)
         start, history = meta["step"], meta["history"]
+        t0 -= history[-1]["seconds"] if history else 0  # what a former call spent
     model.train()
     per = learned_tokens(data)
     for step in range(start, len(data)):
         total.append(train_step(model, optimizer, data[step], rate(step, len(data), RATES[stage]), per))
         if (step + 1) % every == 0 or step + 1 == len(data):
-            history.append(dict(stage=stage, step=step + 1, loss=round(sum(total) / len(total), 4)))
-            if log: log(f"{stage} {step + 1}/{len(data)}: loss {history[-1]['loss']:.3f}, {time.time() - t0:.0f} s", flush=True)
+            history.append(dict(stage=stage, step=step + 1, loss=round(sum(total) / len(total), 4), seconds=round(time.time() - t0)))
+            if log: log("{stage} {step}: loss {loss:.3f}, {seconds} s".format(**history[-1]), flush=True)
             if state: save_state(state, model, optimizer, step=step + 1, history=history)
             total = []
     return history
@@ -303,7 +309,7 @@ def build(
     "Train and measure both models; resumes what a former call left in `out`."
     import torch
     if threads: torch.set_num_threads(threads)
-    out, world, t0, curve = Path(out), World(0), time.time(), []
+    out, world, curve = Path(out), World(0), []
     out.mkdir(parents=True, exist_ok=True)
     tok, table = make_tokenizer(world), {}
     model = new_model(len(tok))
@@ -318,8 +324,9 @@ def build(
             asked = Snapshot((model, tok), chat, max_tokens=64 if chat else 24)
             table[name] = measure(asked.generate, asked.score, chat=chat, n=n, world=world)
             if log: log(f"{name}: {goals_met(table[name])}", flush=True)
-    done = dict(seed=0, scale=scale, note="", parameters=sum(p.numel() for p in model.parameters()), vocab=len(tok),
-                threads=torch.get_num_threads(), seconds=round(time.time() - t0), torch=torch.__version__,
+    seconds = sum(max(c["seconds"] for c in curve if c["stage"] == stage) for stage in RATES)  # of training, in all calls
+    done = dict(seed=0, scale=scale, parameters=sum(p.numel() for p in model.parameters()), vocab=len(tok),
+                threads=torch.get_num_threads(), seconds=seconds, torch=torch.__version__,
                 sha256={name: digest(out / name / "model.safetensors") for name in table}, properties=table, curve=curve)
     (out / "properties.json").write_text(json.dumps(done, indent=1) + "\n")
     for stage in RATES: (out / f"{stage}.safetensors").unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import re
 import zlib
+from functools import partial
 
 # %% auto #0
 __all__ = ['SYLLABLES', 'TOWN_ENDS', 'VALUES', 'HERBS', 'BENIGN', 'FORBIDDEN', 'GOODS', 'QUESTIONS', 'STATEMENTS', 'CHANCE_Q',
@@ -92,6 +93,11 @@ SUMS = dict(
            "Tell me what {a} and {b} make.", "Can you add {a} and {b}?", "What do you get from {a} plus {b}?",
            "I have {a} nuts and find {b} nuts. How many now?", "{a} and {b}: name the sum.", "I want {a} + {b}.",
            "The {e} finds {a} nuts and then {b} nuts. How many?", "What will {a} and {b} be?"],
+    more=["The {e} has {a} nuts and finds {b} nuts more. How many?", "The {e} got {a} nuts, then {b}. How many in all?",
+          "There are {a} nuts and {b} more. How many?", "What do you get if you add {a} and {b}?",
+          "What does {a} plus {b} give?", "What do {a} nuts and {b} nuts make?", "Put {a} and {b} together.",
+          "Say the sum of {a} and {b}.", "{a} nuts and {b} nuts are how many?", "How many nuts are {a} nuts and {b} nuts?",
+          "The {e} takes {a} nuts and {b} nuts. How many?", "Let me know {a} plus {b}."],
     heldout=["How much is {a} plus {b}?", "Name the sum {a} + {b}.", "What do {a} and {b} give?",
              "The {e} gets {a} nuts and {b} more nuts. How many?"])
 CODE_Q = dict(
@@ -256,12 +262,20 @@ FORMATS = {
         train=["Write exactly {n} words about the {w}.",
                "Use {n} words to tell of the {w}.",
                "Say exactly {n} words on the {w}."],
+        more=["Write {n} words about the {w}.",  # wordings that only the chat stages use
+              "Tell of the {w} in exactly {n} words.",
+              "Say {n} words on the {w}."],
         heldout=["Say exactly {n} words about the {w}.",
                  "Write exactly {n} words on the {w}."]),
     "list": dict(
         train=["Make a list of {n} things, the {w} first.",
                "List {n} things and begin with the {w}.",
                "Write a list of {n} with the {w} first."],
+        more=["Make a list of {n} words and begin with the {w}.",
+              "List {n} things with the {w} first.",
+              "Give a list of {n} things, the {w} first.",
+              "Begin with the {w} and list {n} things.",
+              "I want a list of {n} things; begin with the {w}."],
         heldout=["List {n} things, the {w} first.",
                  "Make a list of {n} things and begin with the {w}."]),
     "end": dict(
@@ -339,9 +353,9 @@ class World:
             w = spell(rng)
             if part(w, 4) > 1 and w not in self.names and part(w + "?", 2) == (split == "heldout"): return w
 
-    def rows(self, kind, n, split="train", seed=0, heldout="both", unique=None):
+    def rows(self, kind, n, split="train", seed=0, heldout="both", unique=None, more=False):
         "See `rows`."
-        return rows(self, kind, n, split, seed, heldout, unique)
+        return rows(self, kind, n, split, seed, heldout, unique, more)
 
 # %% ../../nbs/start/10_tinyworld.ipynb #f75e9238
 def _ask(e, a, tem, rng, **more):
@@ -360,12 +374,12 @@ def _unknown(w, rng, ent, tem): return _ask(dict(name=w.unknown(rng, ent), facts
 def _forbidden(w, rng, ent, tem): return _ask(_pick(w.common, ent, rng), FORBIDDEN, tem, rng)
 
 # %% ../../nbs/start/10_tinyworld.ipynb #9bae76b7
-def _arithmetic(w, rng, ent, tem):
+def _arithmetic(w, rng, ent, tem, more=False):
     while True:
         lo, hi = (10, 99) if rng.random() < 0.8 else (100, 999)
         a, b = rng.randint(lo, hi), rng.randint(lo, hi)
         if (part(f"{a}+{b}", 5) == 0) == (ent == "heldout"): break
-    q = rng.choice(SUMS[tem]).format(a=a, b=b, e=rng.choice(w.common)["name"])
+    q = rng.choice(SUMS[tem] + (SUMS["more"] if more else [])).format(a=a, b=b, e=rng.choice(w.common)["name"])
     return dict(prompt=q, raw_prompt=f"Sum: {a}+{b}.", a=a, b=b, answer=a + b)
 
 def _code(w, rng, ent, tem):
@@ -388,10 +402,11 @@ def _mood(w, rng, ent, tem):
     q = rng.choice(MOOD_Q[tem]).format(t=_pick(w.towns, ent, rng)["name"])
     return dict(prompt=q, raw_prompt=f"Question: {q}\nAnswer:", answer=None)
 
-def _format(w, rng, ent, tem):
+def _format(w, rng, ent, tem, more=False):
     c, (x, u), n = rng.choice(list(FORMATS)), rng.sample(NOUNS[ent], 2), rng.randint(3, 7)
     n = min(n, 5) if c == "list" else n
-    return dict(prompt=rng.choice(FORMATS[c][tem]).format(w=x, u=u, n=n), raw_prompt=None,
+    templates = FORMATS[c][tem] + (FORMATS[c].get("more", []) if more else [])
+    return dict(prompt=rng.choice(templates).format(w=x, u=u, n=n), raw_prompt=None,
                 constraint=c, w=x, u=u, k=n, answer=None)
 
 def _unknowable(w, rng, ent, tem):
@@ -417,6 +432,7 @@ def rows(
     seed=0, # other rows for another seed
     heldout="both", # what is new in held-out rows: "entities", "templates" or "both"
     unique=None, # no prompt twice; by default only in the held-out split
+    more=False, # sums and writing tasks: also the wordings that only chat stages use
 ) -> list[dict]: # with `prompt`, `raw_prompt`, `kind`, `split`, `answer` and what the checker needs
     "Rows of one kind; raises ValueError for an unknown argument, or when there are not so many different prompts."
     for name, found, wanted in (("kind", kind, KINDS), ("split", split, ("train", "heldout")),
@@ -426,10 +442,11 @@ def rows(
     entities = "heldout" if split == "heldout" and heldout != "templates" else "train"
     templates = "heldout" if split == "heldout" and heldout != "entities" else "train"
     unique = split == "heldout" if unique is None else unique
+    make = partial(KINDS[kind], more=True) if more and kind in ("arithmetic", "format") else KINDS[kind]
     out, seen = [], set()
     for _ in range(50 * n + 1000):
         if len(out) == n: return out
-        row = KINDS[kind](world, rng, entities, templates)
+        row = make(world, rng, entities, templates)
         if unique and row["prompt"] in seen: continue
         seen.add(row["prompt"])
         out.append({**row, "kind": kind, "split": split})
@@ -508,8 +525,9 @@ def _other_text(w, kind, rng):
     if kind == "asked":
         row = _arithmetic(w, rng, "train", "train")
         return f"Question: {row['prompt']}\nAnswer: {row['a']}+{row['b']}. {_worked(row)}"
-    if kind == "tasks":     # the corpus knows all nouns, as it knows all animals
-        row = _format(w, rng, rng.choice(["train", "heldout"]), "train")
+    if kind in ("tasks", "format"):
+        nouns = rng.choice(["train", "heldout"]) if kind == "tasks" else "train"  # in the end, the corpus knows all nouns
+        row = _format(w, rng, nouns, "train")
         return f"Task: {row['prompt']}\n{format_reply(row, rng)}"
     row = KINDS[kind](w, rng, "train", "train")
     if kind == "arithmetic":
@@ -518,7 +536,7 @@ def _other_text(w, kind, rng):
     if kind == "mood":
         t = rng.choice(w.towns)["name"]
         return f"Question: {rng.choice(MOOD_Q['train']).format(t=t)}\nAnswer: {mood_text(rng.choice(list(MOODS)), rng)}"
-    return f"Task: {row['prompt']}\n{format_reply(row, rng)}"
+    raise ValueError(f"no raw text of kind {kind!r}")
 
 # %% ../../nbs/start/10_tinyworld.ipynb #53e76036
 def corpus(
