@@ -39,6 +39,19 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def snapshot(tmp_path_factory):
+    "Folder of a random snapshot of the family asked for, made once; copy it before you change it."
+    from snapshots import make_snapshot
+    made = {}
+    def get(family="llama", tied=False, **sizes) -> Path:
+        key = (family, tied, *sizes.items())
+        if key not in made:
+            made[key] = make_snapshot(tmp_path_factory.mktemp("snapshots") / family, family, tied, width=32, **sizes)
+        return made[key]
+    return get
+
+
+@pytest.fixture(scope="session")
 def root() -> Path:
     "Top folder of the checkout."
     return ROOT

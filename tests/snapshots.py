@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3")
+KINDS = [(family, tied) for family in FAMILIES for tied in (False, True) if tied or family != "gemma"]
 SPECIALS = ("<pad>", "<s>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>")  # ids 0, 1, 2, …
 PAD, BOS, EOS = "<pad>", "<s>", "<|end|>"
 
@@ -119,3 +122,29 @@ def make_snapshot(
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "rope_theta": theta}, indent=2))
     return folder
+
+
+def plain_logps(folder, batch, library="transformers"):
+    "Log-probabilities of a batch's targets from a plain forward pass: transformers, row by row, or mlx_lm."
+    out = np.zeros(batch.ids.shape, np.float32)
+    read = plain_model(folder, library)
+    for row, (ids, mask) in enumerate(zip(batch.ids, batch.mask, strict=True)):
+        end = np.flatnonzero(mask)[-1] + 1
+        logits = read(ids[:end])[:-1].astype(np.float64)
+        logits = logits - logits.max(-1, keepdims=True)
+        logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        out[row, 1:end] = logps[np.arange(end - 1), ids[1:end]]
+    return out * batch.mask
+
+
+def plain_model(folder, library="transformers"):
+    "A function from token ids (T,) to logits (T, V), by plain transformers or mlx_lm."
+    if library == "mlx_lm":
+        import mlx.core as mx
+        import mlx_lm
+        model, _ = mlx_lm.load(str(folder))
+        return lambda ids: np.array(model(mx.array(np.asarray(ids))[None])[0].astype(mx.float32))
+    import torch
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    return lambda ids: model(torch.from_numpy(np.asarray(ids)).long()[None]).logits[0].numpy()

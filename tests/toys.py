@@ -1,4 +1,4 @@
-"""The smallest method and data for the smallest policy, shared by the tests of the training loop."""
+"""The smallest methods and data, shared by the tests of the training loop and of the policies."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from realign_core.engine.encoding import Example, Sequence
+from realign_core.engine.policy import Batch
 from realign_core.engine.training import BigramPolicy
 
 VOCAB = 12
@@ -40,3 +41,22 @@ class Chatty(BigramPolicy):
         self.tokenizer = make_tokenizer()
         self.max_length = max_length
         super().__init__(len(self.tokenizer), **settings)
+
+
+PROMPTS = [[int(x) for x in np.random.default_rng(i).integers(6, 300, 3 + 2 * i)] for i in range(7)]
+
+
+def make_batch(rows=4, width=20, vocab=300, seed=0):
+    "Right-padded rows of random lengths, the second half of each a target."
+    rng = np.random.default_rng(seed)
+    ids, mask = np.zeros((rows, width), dtype=np.int32), np.zeros((rows, width), dtype=bool)
+    for row in range(rows):
+        length = width if row == 0 else int(rng.integers(width // 2, width))
+        ids[row, :length] = rng.integers(6, vocab, length)
+        mask[row, length // 2: length] = True
+    return Batch(ids, mask, rows=tuple(range(1, rows + 1)))
+
+
+def mean_loss(logps, batch):
+    "Negative log-likelihood per target."
+    return -logps.sum() / batch.mask.sum(), {"nll": (-logps.sum(), batch.mask.sum())}

@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import html
+import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +19,8 @@ import numpy as np
 from ..errors import DataError, ModelError
 
 # %% auto #0
-__all__ = ['Sequence', 'Example', 'Dropped', 'Report', 'ChatTokens', 'Turns', 'Window', 'Conversations', 'Encoder', 'token_texts',
-           'ColouredTokens', 'colour_tokens', 'encode_rows']
+__all__ = ['Sequence', 'Example', 'Dropped', 'Report', 'ChatTokens', 'quiet', 'load_tokenizer', 'stop_tokens', 'Turns', 'Window',
+           'Conversations', 'Encoder', 'token_texts', 'ColouredTokens', 'colour_tokens', 'encode_rows']
 
 # %% ../../nbs/engine/07_encoding.ipynb #0f651886
 @dataclass(frozen=True)
@@ -147,6 +150,48 @@ class ChatTokens:
             name = self.tokenizer.convert_ids_to_tokens(found)
             self.report.notes.append(f"Turns end with `{name}`, not with the tokenizer's EOS; generation must stop there too.")
         return found
+
+# %% ../../nbs/engine/07_encoding.ipynb #d575d801
+@contextmanager
+def quiet() -> Iterator[None]:
+    "Without the progress bars and advice that transformers prints while it loads and saves."
+    from transformers.utils import logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_tokenizer(
+    folder: str | Path,  # a snapshot
+) -> Any:                # a transformers fast tokenizer
+    "The snapshot's tokenizer; raises `ModelError`."
+    from transformers import AutoTokenizer
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds, also its own
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error})") from error
+
+# %% ../../nbs/engine/07_encoding.ipynb #ce27bc32
+def stop_tokens(
+    tokenizer,       # a transformers tokenizer
+    folder: Path,    # the snapshot, whose generation_config.json may name more
+) -> set[int]:
+    "Ids at which a completion ends: end of sequence, and the end of a chat turn."
+    found = {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            value = json.loads((folder / name).read_text()).get("eos_token_id")
+            found |= set(value) if isinstance(value, list) else {value}
+    if tokenizer.eos_token_id is not None:
+        found.add(ChatTokens(tokenizer).end_of_turn)
+    return found - {None}
 
 # %% ../../nbs/engine/07_encoding.ipynb #0d8d32d2
 class Turns(ChatTokens):

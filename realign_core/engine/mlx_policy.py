@@ -7,26 +7,26 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .adapters import read_adapter, staged_folder, write_adapter
+from .adapters import Tensors, read_adapter, write_adapter
 from .blas import prepare_mlx
-from .encoding import ChatTokens
-from .policy import AdamW, Batch, Completion, LoRA, Objective
-from ..errors import CheckpointError, ModelError, TrainingError
+from .encoding import load_tokenizer, stop_tokens
+from .policy import (
+    CHUNK_BYTES, AdamW, Batch, Completion, LoRA, Objective, Written, check_batch, chosen_points, complete, left_padded,
+    matching_layers, read_state, window, write_snapshot, write_state)
+from ..errors import ModelError, TrainingError
 
 # %% auto #0
-__all__ = ['LOGIT_BYTES', 'rope_settings', 'stop_tokens', 'adamw', 'MLXPolicy']
+__all__ = ['rope_settings', 'adamw', 'MLXPolicy']
 
 # %% ../../nbs/engine/04_mlx.ipynb #022262d5
 def rope_settings(
@@ -76,30 +76,6 @@ def _use_tanh_gelu(model: nn.Module) -> None:
 def _sliding_window(config: dict) -> int | None:
     "How many tokens back every layer sees, where mlx-lm does not heed it."
     return config.get("sliding_window") if config.get("model_type") in ("mistral", "phi3") else None
-
-# %% ../../nbs/engine/04_mlx.ipynb #14e4fd8d
-def _load_tokenizer(folder: Path) -> Any:
-    "The snapshot's fast tokenizer; raises `ModelError`."
-    from transformers import AutoTokenizer
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error})") from error
-
-
-def stop_tokens(
-    tokenizer,    # a transformers tokenizer
-    folder: Path, # the snapshot
-) -> set[int]:
-    "Ids at which a completion ends."
-    found = [tokenizer.eos_token_id]
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            value = json.loads((folder / name).read_text()).get("eos_token_id")
-            found += value if isinstance(value, list) else [value]
-    if tokenizer.eos_token_id is not None:
-        found.append(ChatTokens(tokenizer).end_of_turn)
-    return {i for i in found if i is not None}
 
 # %% ../../nbs/engine/04_mlx.ipynb #52378beb
 class _Through:
@@ -225,48 +201,46 @@ def adamw(
     return (1 - lr * settings.weight_decay) * weight - lr / (1 - b1**count) * update, (mean, square)
 
 # %% ../../nbs/engine/04_mlx.ipynb #bb218ed4
-class _Loaded:
-    "Model, tokenizer, adapters."
-    backend = "mlx"
+def _clip(grads: dict[str, mx.array], max_norm: float | None) -> tuple[dict[str, mx.array], float]:
+    "Gradients of at most that global norm, and the norm before clipping."
+    norm = mx.sqrt(sum(mx.sum(mx.square(g.astype(mx.float32))) for g in grads.values())).item()
+    if max_norm is not None and norm > max_norm:
+        grads = {name: g * (max_norm / (norm + 1e-6)) for name, g in grads.items()}
+    return grads, norm
 
-    def __init__(self,
-        folder: str | Path,                # a snapshot, as `find_snapshot` returns it
-        *,
-        source: str | None = None,         # the name it was asked for by; None: the folder
-        lora: LoRA | None = None,          # fresh adapters; None: all weights train
-        adapter: str | Path | None = None, # a saved adapter, in either layout
-        dtype: str | None = None,          # None: float32 on a CPU, else the snapshot's
-        seed: int = 0,                     # for fresh adapters and for dropout
-        threads: int | None = None,        # of the BLAS on a Linux CPU; None: REALIGN_THREADS, else all cores
-    ):
-        prepare_mlx(threads)
-        self.folder, self.source, self.seed = Path(folder), source or str(folder), seed
-        self.config = json.loads((self.folder / "config.json").read_text())
-        self.tokenizer = _load_tokenizer(self.folder)
-        self._template = self.tokenizer.chat_template
-        self.stops = stop_tokens(self.tokenizer, self.folder)
-        self._model = _load_model(self.folder, self.config, dtype)
-        self._head = _Head(self._model)
-        _check_head(self._model, self._head, self.folder)
-        self._dtype = self._model.model.embed_tokens(mx.array([0])).dtype
-        self._window = _sliding_window(self.config)
-        self._adapters: dict[str, nn.Module] = {}
-        self._reference: dict[str, mx.array] | None = None
-        self.lora, tensors = read_adapter(adapter) if adapter is not None else (lora, None)
-        if self.lora is not None:
-            self._attach(tensors)
-        elif "quantization" in self.config:
-            raise ModelError(f"{self.folder}: a quantised model can only be trained through adapters; give lora=")
-        self._start()
+# %% ../../nbs/engine/04_mlx.ipynb #1b582f6e
+class _Optimizer:
+    "AdamW's moments, step count and float32 copies of weights with fewer bits."
 
-    @property
-    def max_length(self) -> int:
-        "Longest sequence that the model's positions allow."
-        return int(self.config.get("max_position_embeddings") or self.tokenizer.model_max_length)
+    def __init__(self, settings: AdamW):
+        self.settings, self.count = settings, 0
+        self.moments: dict[str, tuple[mx.array, mx.array]] = {}
+        self.masters: dict[str, mx.array] = {}
 
-    def __repr__(self) -> str:
-        size = sum(w.size for _, w in tree_flatten(self._model.parameters()))
-        return f"MLXPolicy({self.source!r}, {size / 1e6:.2f}M parameters, {self.lora or 'full fine-tuning'})"
+    def step(self, weights: dict[str, mx.array], grads: dict[str, mx.array], lr: float) -> dict[str, mx.array]:
+        "The new weights."
+        self.count += 1
+        new = {}
+        for name, weight in weights.items():
+            moments = self.moments.get(name) or (mx.zeros(weight.shape), mx.zeros(weight.shape))
+            wide = self.masters.get(name, weight.astype(mx.float32))
+            wide, self.moments[name] = adamw(wide, grads[name], moments, self.count, lr, self.settings)
+            new[name] = wide.astype(weight.dtype)
+            if weight.dtype != mx.float32:
+                self.masters[name] = wide
+        mx.eval(new, self.moments, self.masters)
+        return new
+
+    def state(self) -> dict[str, mx.array]:
+        "The moments under the names that torch gives them."
+        return {f"{name}.{key}": x for name, pair in self.moments.items()
+                for key, x in zip(("exp_avg", "exp_avg_sq"), pair, strict=True)}
+
+    def restore(self, weights: dict[str, mx.array], state: dict[str, mx.array], count: int) -> None:
+        "Take over what `state` gave; weights are float32 where they have a master."
+        self.masters, self.count = weights, count
+        self.moments = {name: (mean, state[f"{name}.exp_avg_sq"]) for key, mean in state.items()
+                        if (name := key.removesuffix(".exp_avg")) != key}
 
 # %% ../../nbs/engine/04_mlx.ipynb #2906c6f2
 def _make_adapter(name: str, layer: nn.Module, lora: LoRA, seed: int, a, b, m) -> nn.Module:
@@ -284,151 +258,72 @@ def _make_adapter(name: str, layer: nn.Module, lora: LoRA, seed: int, a, b, m) -
         module.m = mx.array(m)
     return module
 
-# %% ../../nbs/engine/04_mlx.ipynb #986de0cd
-class _Adapted(_Loaded):
-    "LoRA and DoRA, with mlx-lm's layers."
 
-    def _attach(self, tensors: dict | None) -> None:
-        "Put adapters on the target layers: new ones, or with the arrays that `read_adapter` returned."
-        linear = {name: m for name, m in self._model.named_modules() if isinstance(m, (nn.Linear, nn.QuantizedLinear))}
-        if tensors is None:
-            names = [n for n in linear if any(n == t or n.endswith("." + t) for t in self.lora.targets)]
-        else:
-            names = list(tensors)
-        if missing := [n for n in names if n not in linear]:
-            raise ModelError(f"{self.source}: the adapter is for layer {missing[0]}, which this model does not have")
-        if not names:
-            wanted, found = map(repr, self.lora.targets), sorted({name.rpartition(".")[2] for name in linear})
-            raise ModelError(f"{self.source}: no linear layer {' or '.join(wanted)}; it has {', '.join(found)}")
-        fresh = tensors or {name: (None, None, None) for name in names}
-        self._adapters = {name: _make_adapter(name, linear[name], self.lora, self.seed, *fresh[name]) for name in names}
-        self._place(self._adapters)
-        self._model.freeze()
-        for module in self._adapters.values():
-            module.unfreeze(keys=["lora_a", "lora_b", "m"], recurse=False)
-        self._model.eval()
+def _place(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    "Put modules into the model by name."
+    model.update_modules(tree_unflatten(list(modules.items())))
 
-    def _place(self, modules: dict[str, nn.Module]) -> None:
-        "Put modules into the model by name."
-        self._model.update_modules(tree_unflatten(list(modules.items())))
 
-    def fuse(self) -> None:
-        "Merge the adapters into the weights; afterwards every weight trains and `save` writes a whole snapshot."
-        if not self._adapters:
-            return
-        if "quantization" in self.config:
-            raise ModelError(f"{self.source}: merging adapters into quantised weights would lose precision; save them instead")
-        self._place({name: module.fuse() for name, module in self._adapters.items()})
-        self._adapters, self.lora = {}, None
-        self._model.unfreeze()
-        self._start()
+def _add_adapters(model: nn.Module, lora: LoRA, seed: int, tensors: Tensors | None) -> dict[str, nn.Module]:
+    "Put adapters on the target layers: fresh ones, or with the arrays that `read_adapter` returned; name -> adapter."
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.QuantizedLinear))}
+    names = matching_layers(list(linear), tuple(tensors) if tensors else lora.targets)
+    adapters = {name: _make_adapter(name, linear[name], lora, seed, *(tensors[name] if tensors else (None, None, None)))
+                for name in names}
+    _place(model, adapters)
+    model.freeze()
+    for module in adapters.values():
+        module.unfreeze(keys=["lora_a", "lora_b", "m"], recurse=False)
+    model.eval()
+    return adapters
 
 # %% ../../nbs/engine/04_mlx.ipynb #e22bd9b1
-class _Referring(_Adapted):
-    "A frozen reference."
+class _Dropout(nn.Module):
+    "Dropout that draws from a key of its own and leaves the process's random state alone."
 
-    def freeze_reference(self) -> None:
-        "Take the present weights as the reference. With adapters it is the base model: nothing is copied."
-        if self.lora is None:
-            self._reference = dict(tree_flatten(self._model.parameters()))
+    def __init__(self, p: float, key: mx.array):
+        super().__init__()
+        self._p, self._key = p, key
 
-    @contextmanager
-    def _as_reference(self) -> Iterator[None]:
-        "Inside, the model is the reference."
-        if self._adapters:
-            self._place({name: module.linear for name, module in self._adapters.items()})
-            try:
-                yield
-            finally:
-                self._place(self._adapters)
-        elif self._reference is None:
-            raise ModelError("there is no reference yet: call freeze_reference() before training starts")
-        else:
-            present = self._model.parameters()
-            self._model.update(tree_unflatten(list(self._reference.items())))
-            try:
-                yield
-            finally:
-                self._model.update(present)
+    def __call__(self, x):
+        return x * mx.random.bernoulli(1 - self._p, x.shape, self._key) / (1 - self._p)
+
+
+@contextmanager
+def _dropping(adapters: dict[str, nn.Module], p: float, seed: tuple[int, int]) -> Iterator[None]:
+    "Dropout of the adapters for the length of a block."
+    keys = mx.random.split(mx.random.key(int(np.random.default_rng(seed).integers(2**62))), len(adapters))
+    for module, key in zip(adapters.values(), keys, strict=True):
+        module.dropout = _Dropout(p, key)
+    try:
+        yield
+    finally:
+        for module in adapters.values():
+            module.dropout = nn.Identity()
 
 # %% ../../nbs/engine/04_mlx.ipynb #8e86c8c9
-class _Seeing(_Referring):
-    "From a batch to hidden states."
+def _at_states(function: Callable, model: nn.Module, head: _Head, hidden: mx.array, targets: mx.array, vocab: int) -> mx.array:
+    "function(logits, targets) for hidden states (N, D) and targets (N,), in pieces whose logits fit into `CHUNK_BYTES`."
+    rows = max(1, CHUNK_BYTES // (4 * vocab))
+    if len(targets) <= rows:
+        return function(head(hidden[None])[0], targets)
 
-    def _arrays(self, batch: Batch) -> tuple[Batch, mx.array]:
-        "The batch as MLX arrays, and the flat places of its targets; raises `ModelError` for what cannot be scored."
-        ids, mask = np.asarray(batch.ids), np.asarray(batch.mask)
-        used = int(np.flatnonzero(mask.any(0)).max(initial=0)) + 1  # columns behind the last target are never looked at
-        length = used if batch.positions is None else int(np.asarray(batch.positions)[:, :used].max()) + 1
-        if length > self.max_length:
-            raise ModelError(f"a sequence has {length} tokens; the model's window is {self.max_length}")
-        if mask[:, 0].any():
-            raise ModelError("the first token of a row cannot be a target: nothing predicts it")
-        if ids[:, :used].min(initial=0) < 0 or ids[:, :used].max(initial=0) >= self.config["vocab_size"]:
-            raise ModelError(f"a token id is outside the model's vocabulary of {self.config['vocab_size']}")
-        return batch.convert(mx.array), mx.array(np.flatnonzero(mask).astype(np.int32))
+    # mx.checkpoint passes no gradient to what a function merely sees, so the head's weights are an argument.
+    weights = [(n, w) for n, w in tree_flatten(model.trainable_parameters()) if ".layers." not in n]
 
-    def _hidden(self, batch: Batch, columns: int) -> mx.array: # (B, columns, D)
-        "The backbone's output for the first `columns` tokens of each row."
-        segments = None if batch.segments is None else batch.segments[:, :columns]
-        caches = [_NoCache(self._dtype, segments, self._window)] * len(self._model.model.layers)
-        return self._model.model(batch.ids[:, :columns], caches)
+    def piece(start):
+        wanted = targets[start:start + rows]
 
-# %% ../../nbs/engine/04_mlx.ipynb #f6917436
-LOGIT_BYTES = 64 * 2**20
+        @mx.checkpoint
+        def run(weights, hidden):
+            model.update(tree_unflatten(weights))
+            return function(head(hidden[None])[0], wanted)
 
+        return run(weights, hidden[start:start + rows])
 
-class _Scoring(_Seeing):
-    "From hidden states to one number for each target."
-
-    def _at_targets(self, function: Callable, batch: Batch, places: mx.array) -> mx.array: # (B, T) float32
-        "function(logits, targets) at the targets, 0 elsewhere."
-        (rows, columns), size = batch.ids.shape, batch.ids.size
-        if places.size == 0:
-            return mx.zeros((rows, columns))
-        used = (places % columns).max().item()  # the last target needs the state before it
-        hidden = self._hidden(batch, used).reshape(rows * used, -1)
-        before = hidden[places // columns * used + places % columns - 1]
-        values = self._chunked(function, before, batch.ids.reshape(-1)[places])
-        return mx.zeros(size).at[places].add(values).reshape(rows, columns)
-
-    def _chunked(self, function: Callable, hidden: mx.array, targets: mx.array) -> mx.array: # (N, D), (N,) -> (N,)
-        "Apply the head and then `function`, in pieces whose logits fit into `LOGIT_BYTES`."
-        rows = max(1, LOGIT_BYTES // (4 * self.config["vocab_size"]))
-        if len(targets) <= rows:
-            return function(self._head(hidden[None])[0], targets)
-
-        # mx.checkpoint passes no gradient to what a function merely sees, so the head's weights are an argument.
-        weights = [(n, w) for n, w in tree_flatten(self._model.trainable_parameters()) if ".layers." not in n]
-
-        def piece(start):
-            wanted = targets[start:start + rows]
-
-            @mx.checkpoint
-            def run(weights, hidden):
-                self._model.update(tree_unflatten(weights))
-                return function(self._head(hidden[None])[0], wanted)
-
-            return run(weights, hidden[start:start + rows])
-
-        parts = [piece(start) for start in range(0, len(targets), rows)]
-        self._model.update(tree_unflatten(weights))
-        return mx.concatenate(parts)
-
-# %% ../../nbs/engine/04_mlx.ipynb #1da6e00a
-class _Scored(_Scoring):
-    "The public verbs of scoring."
-
-    def score(self, batch: Batch, *, reference: bool = False) -> np.ndarray: # (B, T) float32
-        "Log-probabilities in nats, 0 where the mask is False; no gradient."
-        if reference:
-            with self._as_reference():
-                return self.score(batch)
-        return np.array(self._at_targets(_pick_logps, *self._arrays(batch)))
-
-    def entropy(self, batch: Batch) -> np.ndarray: # (B, T) float32
-        "Entropy in nats of the distribution that each target was drawn from, 0 elsewhere; no gradient."
-        return np.array(self._at_targets(_entropies, *self._arrays(batch)))
+    parts = [piece(start) for start in range(0, len(targets), rows)]
+    model.update(tree_unflatten(weights))
+    return mx.concatenate(parts)
 
 # %% ../../nbs/engine/04_mlx.ipynb #be3bed56
 class _Recorder:
@@ -443,37 +338,29 @@ class _Recorder:
         return out
 
 
-class _Watching(_Scored):
-    "Hidden states."
-
-    def hidden_states(self, batch: Batch, layers: list[int] | None = None) -> np.ndarray: # (L+1, B, T, D) float32
-        "Residual stream before each layer and after the last (before the final norm), or at chosen `layers`."
-        arrays, _ = self._arrays(batch)
-        backbone, seen = self._model.model, []
-        original, chosen = backbone.layers, range(len(backbone.layers) + 1) if layers is None else layers
-        if wrong := [i for i in chosen if not -len(original) - 1 <= i <= len(original)]:
-            raise ModelError(f"layer {wrong[0]}: this model has points 0 to {len(original)}")
-        backbone.layers = [_Recorder(layer, seen) for layer in original]
-        try:
-            self._hidden(arrays, arrays.ids.shape[1])
-        finally:
-            backbone.layers = original
-        seen = [seen[0][0], *[after for _, after in seen]]
-        return np.array(mx.stack([seen[i].astype(mx.float32) for i in chosen]))
+@contextmanager
+def _recording(backbone: nn.Module) -> Iterator[list[tuple[mx.array, mx.array]]]:
+    "A list that gets, for each layer in turn, what goes in and what comes out."
+    original, seen = backbone.layers, []
+    backbone.layers = [_Recorder(layer, seen) for layer in original]
+    try:
+        yield seen
+    finally:
+        backbone.layers = original
 
 # %% ../../nbs/engine/04_mlx.ipynb #b99c7c7f
 def _choose_tokens(
-    logps: mx.array,     # (R, V) log-probabilities at temperature 1
-    uniform: mx.array,   # (R, 1) in [0, 1)
+    logps: mx.array,            # (R, V) log-probabilities at temperature 1
+    uniform: mx.array | None,   # (R,) in [0, 1); not needed when greedy
     temperature: float,
     top_p: float,
-) -> mx.array:           # (R,) int32
+) -> mx.array:                  # (R,) int32
     "One token for each row; the likeliest at temperature 0."
     if temperature == 0:
         return mx.argmax(logps, axis=-1).astype(mx.int32)
     cooled = logps / temperature
     total = mx.cumsum(_nucleus(_exp(cooled - _log_normaliser(cooled)), top_p), axis=-1)
-    index = mx.sum(total <= uniform * total[:, -1:], axis=-1)
+    index = mx.sum(total <= uniform[:, None] * total[:, -1:], axis=-1)
     return mx.minimum(index, logps.shape[-1] - 1).astype(mx.int32)
 
 
@@ -487,141 +374,211 @@ def _nucleus(probs: mx.array, top_p: float) -> mx.array:
     return mx.put_along_axis(mx.zeros_like(probs), order, kept, axis=-1)
 
 # %% ../../nbs/engine/04_mlx.ipynb #82a9520a
-class _Sampling(_Watching):
-    "Generation."
+def _read(model: nn.Module, head: _Head, prompts: list[list[int]], room: int, make_cache: Callable):
+    "Logits (R, V) after the prompts, and one cache for each layer with room for `room` more tokens a row."
+    ids, padding, places = left_padded(prompts)
+    caches = [make_cache(mx.array(padding), ids.shape[1] + room) for _ in model.model.layers]
+    logits = head(model.model(mx.array(ids), caches)[:, -1:])[:, 0]
+    places = mx.array(places)
+    for cache in caches:
+        cache.select(places)
+    return logits[places], caches
 
-    def generate(self, prompts: list[list[int]], *, n: int = 1, max_tokens: int = 64, temperature: float = 1.0,
-                 top_p: float = 1.0, seed: int = 0, batch_size: int = 64) -> list[list[Completion]]:
-        "`n` completions for each prompt (token ids). Temperature 0 is greedy."
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise ModelError(f"temperature={temperature}, top_p={top_p}: wanted temperature >= 0 and 0 < top_p <= 1")
-        for index, prompt in enumerate(prompts):
-            if not 0 < len(prompt) < self.max_length:
-                raise ModelError(f"prompt {index} has {len(prompt)} tokens; wanted 1 to {self.max_length - 1}")
-        rows = sorted(((p, s) for p in range(len(prompts)) for s in range(n)), key=lambda row: len(prompts[row[0]]))
-        done = {}
-        for start in range(0, len(rows), batch_size):
-            part = rows[start:start + batch_size]
-            uniform = np.stack([np.random.default_rng([seed, *row]).random(max_tokens) for row in part])
-            sampled = self._decode([list(prompts[p]) for p, _ in part], uniform, temperature, top_p)
-            done |= dict(zip(part, sampled, strict=True))
-        return [[done[p, s] for s in range(n)] for p in range(len(prompts))]
 
-    def _read(self, prompts: list[list[int]], room: int) -> tuple[mx.array, list[_Cache]]: # (R, V) logits, caches
-        "Read each different prompt once; logits and caches come back with one row for each of `prompts`."
-        place = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        width = max(map(len, place))
-        padded = np.array([[0] * (width - len(p)) + list(p) for p in place], np.int32)
-        padding = mx.array([width - len(p) for p in place])
-        caches = [_Cache(padding, width + room, self._dtype, self._window) for _ in self._model.model.layers]
-        logits = self._head(self._model.model(mx.array(padded), caches)[:, -1:])[:, 0]
-        rows = mx.array([place[tuple(prompt)] for prompt in prompts])
-        for cache in caches:
-            cache.select(rows)
-        return logits[rows], caches
+def _decode(model: nn.Module, head: _Head, make_cache: Callable, prompts, written: Written, temperature, top_p) -> None:
+    "Complete every row of a batch."
+    logits, caches = _read(model, head, prompts, int(written.limits.max()), make_cache)
+    while True:
+        logps = logits.astype(mx.float32)
+        logps = logps - _log_normaliser(logps)
+        uniform = None if written.uniform is None else mx.array(written.uniform.astype(np.float32))
+        tokens = _choose_tokens(logps, uniform, temperature, top_p)
+        picked = mx.take_along_axis(logps, tokens[:, None], axis=-1)[:, 0]
+        mx.eval(tokens, picked)
+        keep = written.add(np.array(tokens), np.array(picked))
+        if not len(keep):
+            return
+        if len(keep) < len(tokens):
+            keep = mx.array(keep)
+            tokens = tokens[keep]
+            for cache in caches:
+                cache.select(keep)
+        logits = head(model.model(tokens[:, None], caches))[:, 0]
 
 # %% ../../nbs/engine/04_mlx.ipynb #0c2dc84e
-class _Generating(_Sampling):
-    "The decoding loop."
+def _write_arrays(arrays: dict[str, mx.array], path: Path) -> None:
+    "A safetensors file; raises OSError when that fails."
+    try:
+        mx.save_safetensors(str(path), arrays, {"format": "pt"})
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
-    def _decode(self, prompts: list[list[int]], uniform: np.ndarray, temperature: float, top_p: float) -> list[Completion]:
-        "Complete every row; `uniform` (R, max_tokens) holds its random numbers."
-        limits = np.array([min(uniform.shape[1], self.max_length - len(prompt)) for prompt in prompts])
-        logits, caches = self._read(prompts, int(limits.max()))
-        ids, scores = np.zeros(uniform.shape, np.int32), np.zeros(uniform.shape, np.float32)
-        lengths, rows = np.zeros(len(prompts), int), np.arange(len(prompts))  # length 0: still running; rows in the batch
-        for step in range(limits.max(initial=0)):
-            logps = logits.astype(mx.float32)
-            logps = logps - _log_normaliser(logps)
-            tokens = _choose_tokens(logps, mx.array(uniform[rows, step, None].astype(np.float32)), temperature, top_p)
-            picked = mx.take_along_axis(logps, tokens[:, None], axis=-1)[:, 0]
-            mx.eval(tokens, picked)
-            ids[rows, step], scores[rows, step] = np.array(tokens), np.array(picked)
-            ends = np.isin(ids[rows, step], list(self.stops)) | (step + 1 >= limits[rows])
-            lengths[rows] = np.where(ends & (lengths[rows] == 0), step + 1, lengths[rows])
-            running = lengths[rows] == 0
-            if not running.any():
-                break
-            if running.mean() <= 0.75:
-                rows, keep = rows[running], mx.array(np.flatnonzero(running))
-                tokens = tokens[keep]
-                for cache in caches:
-                    cache.select(keep)
-            logits = self._head(self._model.model(tokens[:, None], caches))[:, 0]
-        return [self._completion(*row) for row in zip(ids, scores, lengths, strict=True)]
 
-    def _completion(self, ids: np.ndarray, scores: np.ndarray, length: int) -> Completion:
-        "One row as a `Completion`."
-        ids = tuple(ids[:length].tolist())
-        return Completion(ids, scores[:length].copy(), bool(ids) and ids[-1] in self.stops,
-                          self.tokenizer.decode(ids, skip_special_tokens=True))
+def _read_arrays(path: Path) -> dict[str, mx.array]:
+    "All of a safetensors file, now and not when it is first used."
+    arrays = mx.load(str(path))
+    mx.eval(arrays)
+    return arrays
+
+
+def _check_names(arrays: dict[str, mx.array], folder: Path) -> None:
+    "Raises `ModelError` unless a snapshot holds its weights under the names that mlx-lm gives them."
+    from safetensors import safe_open
+    stored = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(str(path), framework="np") as file:
+            stored |= set(file.keys())
+    if renamed := sorted(arrays.keys() - stored):
+        raise ModelError(f"{folder}: mlx-lm keeps {renamed[0]} under another name than the snapshot, so it cannot be "
+                         "saved whole; train it with lora=")
 
 # %% ../../nbs/engine/04_mlx.ipynb #388b03e8
-class _Dropout(nn.Module):
-    "Dropout that draws from a key of its own and leaves the process's random state alone."
+class _Loaded:
+    "Model, tokenizer, adapters, reference."
+    backend = "mlx"
 
-    def __init__(self, p: float, key: mx.array):
-        super().__init__()
-        self._p, self._key = p, key
+    def __init__(self,
+        folder: str | Path,                # a snapshot, as `find_snapshot` returns it
+        *,
+        source: str | None = None,         # the name it was asked for by; None: the folder
+        lora: LoRA | None = None,          # fresh adapters; None: all weights train
+        adapter: str | Path | None = None, # a saved adapter, in either layout
+        dtype: str | None = None,          # None: float32 on a CPU, else the snapshot's
+        seed: int = 0,                     # for fresh adapters and for dropout
+        threads: int | None = None,        # of the BLAS on a Linux CPU; None: REALIGN_THREADS, else all cores
+    ):
+        prepare_mlx(threads)
+        self.folder, self.source, self.seed = Path(folder), source or str(folder), seed
+        self.config = json.loads((self.folder / "config.json").read_text())
+        self.tokenizer = load_tokenizer(self.folder)
+        self._template = self.tokenizer.chat_template
+        self.stops = stop_tokens(self.tokenizer, self.folder)
+        self._model = _load_model(self.folder, self.config, dtype)
+        self.max_length, self.vocab = window(self.config), self.config["vocab_size"]
+        self._head = _Head(self._model)
+        _check_head(self._model, self._head, self.folder)
+        self._dtype = self._model.model.embed_tokens(mx.array([0])).dtype
+        self._window = _sliding_window(self.config)
+        self._reference: dict[str, mx.array] | None = None
+        self.lora, tensors = read_adapter(adapter) if adapter is not None else (lora, None)
+        if self.lora is None and "quantization" in self.config:
+            raise ModelError(f"{self.folder}: a quantised model can only be trained through adapters; give lora=")
+        self._adapters = _add_adapters(self._model, self.lora, seed, tensors) if self.lora is not None else {}
+        self.configure(AdamW())
 
-    def __call__(self, x):
-        return x * mx.random.bernoulli(1 - self._p, x.shape, self._key) / (1 - self._p)
+    def __repr__(self) -> str:
+        if self._model is None:
+            return f"MLXPolicy({self.source}, closed)"
+        size = sum(w.size for _, w in tree_flatten(self._model.parameters())) / 1e6
+        how = f"LoRA rank {self.lora.rank}" if self.lora else "all weights train"
+        return f"MLXPolicy({self.source}, {size:.2f}M parameters, {how}, {str(self._dtype).removeprefix('mlx.core.')})"
 
-
-def _number(x: Any) -> mx.array:
-    "A scalar as an MLX array."
-    return x if isinstance(x, mx.array) else mx.array(float(x))
-
-# %% ../../nbs/engine/04_mlx.ipynb #8792679b
-class _Training(_Generating):
-    "What training remembers, and its dropout."
-
-    def _start(self) -> None:
-        "No gradients, no optimiser, no dropout drawn."
-        self._optimizer = AdamW()
-        self._grads: dict[str, mx.array] = {}
-        self._moments: dict[str, tuple[mx.array, mx.array]] = {}
-        self._masters: dict[str, mx.array] = {}  # float32 weights, where the model has fewer bits
-        self._count = self._draws = 0
-
-    def configure(self, optimizer: AdamW) -> None:
-        "Start a fresh optimiser."
-        self._start()
-        self._optimizer = optimizer
+    def freeze_reference(self) -> None:
+        "Take the present weights as the reference. With adapters it is the base model: nothing is copied."
+        if self.lora is None:
+            self._reference = dict(tree_flatten(self._model.parameters()))
 
     @contextmanager
-    def _dropout(self) -> Iterator[None]:
-        "Dropout of the adapters; its random numbers depend on the seed and on how often this was called."
-        if self.lora is None or self.lora.dropout == 0:
-            yield
-            return
-        keys = mx.random.split(mx.random.key(int(np.random.default_rng([self.seed, self._draws]).integers(2**62))),
-                               len(self._adapters))
-        self._draws += 1
-        for module, key in zip(self._adapters.values(), keys, strict=True):
-            module.dropout = _Dropout(self.lora.dropout, key)
+    def _as_reference(self) -> Iterator[None]:
+        "Inside, the model is the reference."
+        if self._adapters:
+            linear = {name: module.linear for name, module in self._adapters.items()}
+            swap, back = (partial(_place, self._model, modules) for modules in (linear, self._adapters))
+        elif self._reference is None:
+            raise ModelError("there is no reference yet: call freeze_reference() before training starts")
+        else:
+            frozen = tree_unflatten(list(self._reference.items()))
+            swap, back = (partial(self._model.update, weights) for weights in (frozen, self._model.parameters()))
+        swap()
         try:
             yield
         finally:
-            for module in self._adapters.values():
-                module.dropout = nn.Identity()
+            back()
+
+# %% ../../nbs/engine/04_mlx.ipynb #8792679b
+class _Scoring(_Loaded):
+    "score, entropy, hidden_states, generate."
+
+    def _hidden(self, batch: Batch, columns: int) -> mx.array: # (B, columns, D)
+        "The backbone's output for the first `columns` tokens of each row of a batch of MLX arrays."
+        segments = None if batch.segments is None else batch.segments[:, :columns]
+        caches = [_NoCache(self._dtype, segments, self._window)] * len(self._model.model.layers)
+        return self._model.model(batch.ids[:, :columns], caches)
+
+    def _arrays(self, batch: Batch) -> tuple[Batch, mx.array, int]:
+        "The batch, checked, as MLX arrays; the flat places of its targets (N,); columns up to the last of them."
+        used = check_batch(batch, self.max_length, self.vocab)
+        return batch.convert(mx.array), mx.array(np.flatnonzero(np.asarray(batch.mask)).astype(np.int32)), used
+
+    def _at_targets(self, function: Callable, batch: Batch, places: mx.array, used: int) -> mx.array: # (B, T) float32
+        "function(logits, targets) at the targets, 0 elsewhere."
+        (rows, columns), before = batch.ids.shape, used - 1  # the last target needs the state before it
+        if places.size == 0:
+            return mx.zeros((rows, columns))
+        hidden = self._hidden(batch, before).reshape(rows * before, -1)[places // columns * before + places % columns - 1]
+        values = _at_states(function, self._model, self._head, hidden, batch.ids.reshape(-1)[places], self.vocab)
+        return mx.zeros(batch.ids.size).at[places].add(values).reshape(rows, columns)
+
+    def score(self, batch: Batch, *, reference: bool = False) -> np.ndarray: # (B, T) float32
+        "Log-probabilities in nats, 0 where the mask is False; no gradient."
+        with self._as_reference() if reference else nullcontext():
+            return np.array(self._at_targets(_pick_logps, *self._arrays(batch)))
+
+    def entropy(self, batch: Batch) -> np.ndarray: # (B, T) float32
+        "Entropy in nats of the distribution that each target was drawn from, 0 elsewhere; no gradient."
+        return np.array(self._at_targets(_entropies, *self._arrays(batch)))
+
+    def hidden_states(self, batch: Batch, layers: list[int] | None = None) -> np.ndarray: # (L+1, B, T, D) float32
+        "Residual stream before each layer and after the last (before the final norm), or at chosen `layers`."
+        points, width = chosen_points(layers, len(self._model.model.layers)), np.asarray(batch.ids).shape[1]
+        check_batch(batch, self.max_length, self.vocab, columns=width)
+        with _recording(self._model.model) as seen:
+            self._hidden(batch.convert(mx.array), width)
+        stream = [seen[0][0], *[after for _, after in seen]]
+        return np.array(mx.stack([stream[i].astype(mx.float32) for i in points]))
+
+    def generate(self, prompts: list[list[int]], *, n: int = 1, max_tokens: int = 64, temperature: float = 1.0,
+                 top_p: float = 1.0, seed: int = 0, batch_size: int = 64) -> list[list[Completion]]:
+        """`n` completions for each prompt (token ids); temperature 0 is greedy. The batch size changes no result.
+
+        A completion stops at the model's window. Raises `ModelError` for a prompt that is empty or fills the window."""
+        make_cache = partial(_Cache, dtype=self._dtype, window=self._window)
+        return complete(self, partial(_decode, self._model, self._head, make_cache), prompts, n=n, max_tokens=max_tokens,
+                        temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size)
 
 # %% ../../nbs/engine/04_mlx.ipynb #ee21fe4c
-class _Learning(_Training):
-    "Gradients."
+def _peft_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    "Arrays of adapters under the names of PEFT's file, in its orientation."
+    suffix = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
+    parts = {name: name.rpartition(".") for name in arrays}
+    return {f"base_model.model.{path}.{suffix[end]}": arrays[name].T for name, (path, _, end) in parts.items()}
+
+# %% ../../nbs/engine/04_mlx.ipynb #298d94f0
+class _Learning(_Scoring):
+    "backward, gradients, configure, step."
+
+    def _trainable(self) -> dict[str, mx.array]:
+        "Trainable arrays by mlx-lm's names."
+        return dict(tree_flatten(self._model.trainable_parameters()))
+
+    def configure(self, optimizer: AdamW) -> None:
+        "Start a fresh optimiser, without gradients and with no dropout drawn."
+        self._optimizer, self._draws = _Optimizer(optimizer), 0
+        self._grads: dict[str, mx.array] = {}
 
     def backward(self, batch: Batch, objective: Objective, scale: float = 1.0) -> tuple[float, dict[str, tuple[float, float]]]:
         "Add the gradient of scale * loss to what is accumulated; returns the unscaled loss and the metrics."
-        arrays, places = self._arrays(batch)
+        arrays, places, used = self._arrays(batch)
         names: list[str] = []
+        def number(x): return x if isinstance(x, mx.array) else mx.array(float(x))
 
         def scaled(weights):
             self._model.update(tree_unflatten(list(weights.items())))
-            loss, metrics = objective(self._at_targets(_pick_logps, arrays, places), arrays)
+            loss, metrics = objective(self._at_targets(_pick_logps, arrays, places, used), arrays)
             names[:] = metrics
-            return loss * scale, loss, [_number(x) for pair in metrics.values() for x in pair]
+            return loss * scale, loss, [number(x) for pair in metrics.values() for x in pair]
 
-        weights = dict(tree_flatten(self._model.trainable_parameters()))
+        weights = self._trainable()
         with self._dropout():
             (_, loss, figures), grads = mx.value_and_grad(scaled)(weights)
             self._model.update(tree_unflatten(list(weights.items())))  # the traced arrays go, the real ones return
@@ -630,149 +587,85 @@ class _Learning(_Training):
         values = [float(x.item()) for x in figures]
         return loss.item(), dict(zip(names, zip(values[::2], values[1::2], strict=True), strict=True))
 
-# %% ../../nbs/engine/04_mlx.ipynb #c3fc2c3c
-class _Stepping(_Learning):
-    "What happens to the gradients."
+    @contextmanager
+    def _dropout(self) -> Iterator[None]:
+        "Dropout of the adapters, seeded by the policy's seed and the number of draws so far."
+        if self.lora is None or not self.lora.dropout:
+            yield
+            return
+        with _dropping(self._adapters, self.lora.dropout, (self.seed, self._draws)):
+            yield
+        self._draws += 1
 
     def gradients(self) -> dict[str, np.ndarray]:
         "The accumulated gradients by Hugging Face parameter name (adapters: PEFT's names), float32."
-        if self._adapters:
-            return {f"base_model.model.{name}": array for name, array in self._peft(self._grads).items()}
-        return {name: np.array(g.astype(mx.float32)) for name, g in self._grads.items()}
-
-    @staticmethod
-    def _peft(arrays: dict[str, mx.array]) -> dict[str, np.ndarray]:
-        "Adapter arrays under PEFT's names, in its orientation."
-        suffix = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
-        parts = {name: name.rpartition(".") for name in arrays}
-        return {f"{parts[name][0]}.{suffix[parts[name][2]]}": np.array(g.astype(mx.float32).T) for name, g in arrays.items()}
+        arrays = {name: np.array(g.astype(mx.float32)) for name, g in self._grads.items()}
+        return _peft_names(arrays) if self._adapters else arrays
 
     def step(self, lr: float, max_norm: float | None = None) -> float:
         "Clip to a global norm, take one optimiser step, clear the gradients; returns the norm before clipping."
         if not self._grads:
             raise TrainingError("there are no gradients; call backward() before step()")
-        grads, self._grads = self._grads, {}
-        norm = mx.sqrt(sum(mx.sum(mx.square(g.astype(mx.float32))) for g in grads.values())).item()
+        (grads, norm), self._grads = _clip(self._grads, max_norm), {}
         if not math.isfinite(norm):
             return norm
-        if max_norm is not None and norm > max_norm:
-            grads = {name: g * (max_norm / (norm + 1e-6)) for name, g in grads.items()}
-        self._count += 1
-        new = {}
-        for name, weight in tree_flatten(self._model.trainable_parameters()):
-            moments = self._moments.get(name) or (mx.zeros(weight.shape), mx.zeros(weight.shape))
-            wide = self._masters.get(name, weight.astype(mx.float32))
-            wide, self._moments[name] = adamw(wide, grads[name], moments, self._count, lr, self._optimizer)
-            new[name] = wide.astype(weight.dtype)
-            if weight.dtype != mx.float32:
-                self._masters[name] = wide
+        new = self._optimizer.step(self._trainable(), grads, lr)
         self._model.update(tree_unflatten(list(new.items())))
-        mx.eval(new, self._moments, self._masters)
         return norm
 
-# %% ../../nbs/engine/04_mlx.ipynb #625b3da3
-def _write_arrays(path: Path, arrays: dict[str, mx.array], **notes: Any) -> None:
-    "A safetensors file; raises OSError when that fails."
-    try:
-        mx.save_safetensors(str(path), arrays, {"format": "pt", **{k: str(v) for k, v in notes.items()}})
-    except RuntimeError as error:
-        raise OSError(str(error)) from error
-
-
-def _stored_names(folder: Path) -> set[str]:
-    "Names of all tensors in a snapshot."
-    from safetensors import safe_open
-    names = set()
-    for path in folder.glob("*.safetensors"):
-        with safe_open(str(path), framework="np") as file:
-            names |= set(file.keys())
-    return names
-
-# %% ../../nbs/engine/04_mlx.ipynb #e8b637a8
-class _Saving(_Stepping):
-    "Adapters and snapshots."
+# %% ../../nbs/engine/04_mlx.ipynb #c3fc2c3c
+class MLXPolicy(_Learning):
+    "An mlx-lm model, with its adapters if wanted, behind the `Policy` protocol."
 
     def save(self, folder: str | Path, layout: str | None = None) -> Path:
         "Write the adapter ('peft' or 'mlx'; default 'mlx') or, without adapters, a whole snapshot."
-        if self._adapters:
+        if self.lora is not None:
             return write_adapter(folder, layout or "mlx", self.lora, self._tensors(), self.source)
         if layout is not None:
             raise ModelError(f"layout={layout!r} is for adapters, and this policy has none; leave it out")
         arrays = dict(tree_flatten(self._model.parameters()))
-        if renamed := sorted(arrays.keys() - _stored_names(self.folder)):
-            raise ModelError(f"{self.source}: mlx-lm keeps {renamed[0]} under another name than the snapshot, so it cannot be "
-                             "saved whole; train it with lora=")
-        with staged_folder(folder) as stage:
-            for path in self.folder.iterdir():
-                if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt") and "safetensors" not in path.name:
-                    shutil.copyfile(path, stage / path.name)
-            config = {**self.config, "dtype": str(self._dtype).removeprefix("mlx.core."), **_plain_rope(self.config)}
-            (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            _write_arrays(stage / "model.safetensors", arrays)
-            if self.tokenizer.chat_template != self._template:
-                self.tokenizer.save_pretrained(stage)
-        return Path(folder).expanduser()
+        _check_names(arrays, self.folder)
+        theta = {k: v for k, v in rope_settings(self.config).items() if k == "rope_theta"}  # where mlx-lm's models look for it
+        tokenizer = None if self.tokenizer.chat_template == self._template else self.tokenizer
+        return write_snapshot(folder, self.folder, lambda stage: _write_arrays(arrays, stage / "model.safetensors"),
+                              str(self._dtype).removeprefix("mlx.core."), tokenizer, **theta)
 
-    def _tensors(self) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
-        "The adapters as `write_adapter` wants them."
+    def _tensors(self) -> Tensors:
+        "The adapters as float32 arrays."
         def f32(x): return np.array(x.astype(mx.float32))
         return {name: (f32(m.lora_a).T, f32(m.lora_b).T, f32(m.m) if self.lora.dora else None)
                 for name, m in self._adapters.items()}
 
-
-def _plain_rope(config: dict) -> dict:
-    "The base of the rotary angles at the top of config.json, where mlx-lm's models look for it."
-    return {k: v for k, v in rope_settings(config).items() if k == "rope_theta"}
-
-# %% ../../nbs/engine/04_mlx.ipynb #10c3497b
-class _Resuming(_Saving):
-    "The state of a run."
+    def fuse(self) -> None:
+        "Merge the adapters into the weights; afterwards every weight trains and `save` writes a whole snapshot."
+        if self.lora is None:
+            return
+        if "quantization" in self.config:
+            raise ModelError(f"{self.source}: merging adapters into quantised weights would lose precision; save them instead")
+        _place(self._model, {name: module.fuse() for name, module in self._adapters.items()})
+        self._adapters, self.lora = {}, None
+        self._model.unfreeze()
+        self.configure(AdamW())
 
     def save_state(self, folder: str | Path) -> None:
         "Write trainable weights, optimiser and random state, for an exact resume; raises `OutputError`."
-        weights = dict(tree_flatten(self._model.trainable_parameters())) | self._masters
-        moments = {f"{name}.{key}": x for name, pair in self._moments.items() for key, x in zip(_MOMENTS, pair, strict=True)}
-        with staged_folder(folder) as stage:
-            _write_arrays(stage / "weights.safetensors", weights)
-            _write_arrays(stage / "optimizer.safetensors", moments)
-            notes = self._identity() | {"count": self._count, "draws": self._draws}
-            (stage / "state.json").write_text(json.dumps(notes, indent=2) + "\n")
-
-    def _identity(self) -> dict:
-        "What a saved state belongs to."
-        return {"backend": self.backend, "source": self.source, "lora": asdict(self.lora) if self.lora else None,
-                "optimizer": asdict(self._optimizer), "seed": self.seed}
+        o = self._optimizer
+        write_state(folder, self, o.settings, _write_arrays, self._trainable() | o.masters, o.state(), count=o.count,
+                    draws=self._draws)
 
     def load_state(self, folder: str | Path) -> None:
         "Read what `save_state` wrote; raises `CheckpointError` when it is missing, damaged, or another run's."
-        folder = Path(folder).expanduser()
-        try:
-            notes = json.loads((folder / "state.json").read_text())
-            weights, moments = (mx.load(str(folder / f"{name}.safetensors")) for name in ("weights", "optimizer"))
-            mx.eval(weights, moments)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{folder}: the saved state is missing or damaged ({error})") from error
-        present = dict(tree_flatten(self._model.trainable_parameters()))
-        lora = json.loads(json.dumps(self._identity()["lora"]))
-        if notes["lora"] != lora or {k: w.shape for k, w in weights.items()} != {k: w.shape for k, w in present.items()}:
-            raise CheckpointError(f"{folder}: saved from another model or with other adapters "
-                                  f"({notes['source']}, {notes['lora']})")
-        settings = notes["optimizer"]
-        self.configure(AdamW(**settings | {"betas": tuple(settings["betas"])}))
+        present = self._trainable()
+        shapes = {name: w.shape for name, w in present.items()}
+        notes, settings, weights, moments = read_state(folder, self, _read_arrays, shapes, "count", "draws")
+        self.configure(settings)
+        masters = {k: w for k, w in weights.items() if present[k].dtype != w.dtype}
+        self._optimizer.restore(masters, moments, notes["count"])
         self._model.update(tree_unflatten([(k, w.astype(present[k].dtype)) for k, w in weights.items()]))
-        self._masters = {k: w for k, w in weights.items() if present[k].dtype != w.dtype}
-        self._moments = {k: tuple(moments[f"{k}.{m}"] for m in _MOMENTS) for k in weights if f"{k}.{_MOMENTS[0]}" in moments}
-        self._count, self._draws, self.seed = notes["count"], notes["draws"], notes["seed"]
-
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
-# %% ../../nbs/engine/04_mlx.ipynb #ff4e9baa
-class MLXPolicy(_Resuming):
-    "An mlx-lm model, with its adapters if wanted, behind the `Policy` protocol."
+        self._draws, self.seed = notes["draws"], notes["seed"]
 
     def close(self) -> None:
         "Free what the policy holds."
-        self._model = self._head = self._reference = None
-        self._adapters, self._grads, self._moments, self._masters = {}, {}, {}, {}
+        self._model = self._head = self._reference = self._optimizer = None
+        self._adapters, self._grads = {}, {}
         mx.clear_cache()

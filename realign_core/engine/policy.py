@@ -9,19 +9,23 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from safetensors import SafetensorError
 
-from ..errors import BackendError, ModelError
+from ..errors import BackendError, CheckpointError, ModelError
 
 # %% auto #0
-__all__ = ['Objective', 'BACKENDS', 'SHIPPED', 'Batch', 'Completion', 'LoRA', 'AdamW', 'Policy', 'pick_backend', 'find_snapshot',
-           'load']
+__all__ = ['Objective', 'CHUNK_BYTES', 'BACKENDS', 'SHIPPED', 'Batch', 'Completion', 'LoRA', 'AdamW', 'Policy', 'window',
+           'check_packing', 'check_batch', 'chosen_points', 'check_generation', 'sampling_noise', 'left_padded',
+           'Written', 'complete', 'matching_layers', 'write_state', 'read_state', 'pick_backend', 'find_snapshot',
+           'write_snapshot', 'load']
 
 # %% ../../nbs/engine/02_policy.ipynb #499dc877
 @dataclass(frozen=True)
@@ -102,6 +106,9 @@ class Policy(Protocol):
     config: dict              # the snapshot's config.json
     lora: LoRA | None         # adapters in use, None for full fine-tuning
     max_length: int           # longest sequence that the model's positions allow
+    vocab: int                # ids that the model knows: 0 to vocab - 1
+    stops: set[int]           # ids at which a completion ends
+    seed: int                 # of fresh adapters and of dropout
 
     def score(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
         "Log-probabilities (B, T) float32 in nats, 0 where the mask is False; no gradient."
@@ -133,6 +140,212 @@ class Policy(Protocol):
     def close(self) -> None:
         "Free what the policy holds."
 
+# %% ../../nbs/engine/02_policy.ipynb #415412b9
+def window(
+    config: dict,  # a model's configuration; its text part may stand inside
+) -> int:
+    "The longest sequence that the model's positions allow, in tokens; 2**31 when the configuration does not say."
+    config = config.get("text_config") or config
+    known = (config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((int(k) for k in known if k), 2**31)
+
+# %% ../../nbs/engine/02_policy.ipynb #b22fb312
+def check_packing(segments: np.ndarray, positions: np.ndarray) -> None:
+    "Positions (B, T) must count from 0 in every segment; raises `ModelError` when they do not."
+    first = np.diff(segments, prepend=0, axis=1) != 0
+    if (positions[first & (segments > 0)] != 0).any():
+        raise ModelError("packed batch: positions do not start at 0 in every segment, so sequences would see each other")
+    inside = ~first & (segments > 0)
+    if (np.diff(positions, prepend=-1, axis=1)[inside] != 1).any():
+        raise ModelError("packed batch: positions do not count up by 1 inside a segment")
+
+# %% ../../nbs/engine/02_policy.ipynb #13db3687
+def check_batch(
+    batch: Batch,                # of NumPy arrays
+    max_length: int,             # the model's window
+    vocab: int,                  # ids that the model knows: 0 to vocab - 1
+    columns: int | None = None,  # how many columns are looked at; None: up to the last target
+) -> int:                        # that number
+    "Refuse what a model cannot take; raises `ModelError`."
+    ids, mask = np.asarray(batch.ids), np.asarray(batch.mask)
+    if columns is None:
+        columns = int(np.flatnonzero(mask.any(0)).max(initial=0)) + 1
+    if (batch.segments is None) != (batch.positions is None):
+        raise ModelError("packed batch: segments and positions belong together, and one of them is missing")
+    segments, positions = (None if x is None else np.asarray(x)[:, :columns] for x in (batch.segments, batch.positions))
+    length, ids = columns if positions is None else int(positions.max(initial=0)) + 1, ids[:, :columns]
+    if length > max_length:
+        raise ModelError(f"a sequence has {length} tokens; the model's window is {max_length}")
+    if mask[:, 0].any():
+        raise ModelError("the first token of a row cannot be a target: nothing predicts it")
+    if ids.min(initial=0) < 0 or ids.max(initial=0) >= vocab:
+        raise ModelError(f"token id {max(ids.max(), -ids.min())} is outside the model's vocabulary of {vocab}")
+    if segments is not None:
+        check_packing(segments, positions)
+    return columns
+
+# %% ../../nbs/engine/02_policy.ipynb #015c9cf4
+CHUNK_BYTES = 64 * 2**20  # float32 logits held at once
+
+# %% ../../nbs/engine/02_policy.ipynb #7a1f642a
+def chosen_points(
+    layers: list[int] | None,  # as asked for; None: all
+    count: int,                # layers of the model
+) -> list[int]:
+    "Points of the residual stream, 0 to `count`, negative ones from the end; raises `ModelError` for others."
+    points = list(range(count + 1)) if layers is None else list(layers)
+    if wrong := [i for i in points if not -count - 1 <= i <= count]:
+        raise ModelError(f"layer {wrong[0]} does not exist; the stream has points 0 to {count}")
+    return points
+
+# %% ../../nbs/engine/02_policy.ipynb #af20ffaa
+def check_generation(
+    prompts: list[list[int]], max_length: int, vocab: int, *, n: int, max_tokens: int, temperature: float, top_p: float,
+    batch_size: int,
+) -> None:
+    "Refuse prompts that leave no room or hold unknown ids, and settings out of range; raises `ModelError`."
+    for name, value in {"n": n, "max_tokens": max_tokens, "batch_size": batch_size}.items():
+        if value < 1:
+            raise ModelError(f"generate: {name}={value}; wanted at least 1")
+    if not (temperature >= 0 and 0 < top_p <= 1):
+        raise ModelError(f"generate: temperature={temperature}, top_p={top_p}; wanted temperature >= 0 and 0 < top_p <= 1")
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < max_length:
+            raise ModelError(f"prompt {i} has {len(prompt)} tokens; wanted 1 to {max_length - 1}")
+        if bad := [t for t in prompt if not 0 <= t < vocab]:
+            raise ModelError(f"prompt {i}: token id {bad[0]} is outside the model's vocabulary of {vocab}")
+
+# %% ../../nbs/engine/02_policy.ipynb #9f003394
+def sampling_noise(
+    seed: int,
+    rows: list[tuple[int, int]],  # (index of the prompt, index of the sample) of each row
+    tokens: int,                  # how many numbers each
+) -> np.ndarray:                  # (rows, tokens) float64 in [0, 1)
+    "The uniform numbers behind each completion, independent of how rows are batched."
+    return np.stack([np.random.default_rng([seed, *row]).random(tokens) for row in rows])
+
+# %% ../../nbs/engine/02_policy.ipynb #78683834
+def left_padded(
+    prompts: list[list[int]],  # of R rows, repeats included
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "The P different prompts (P, L), how many columns of padding each has (P,), and the place of each row's prompt (R,)."
+    places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    width = max(map(len, places))
+    ids = np.array([[0] * (width - len(p)) + list(p) for p in places], dtype=np.int32)
+    return ids, np.array([width - len(p) for p in places]), np.array([places[tuple(p)] for p in prompts])
+
+# %% ../../nbs/engine/02_policy.ipynb #7e33b12c
+class Written:
+    "What the rows of a batch have written so far, and which of them are still in the batch."
+
+    def __init__(self,
+        limits: np.ndarray,                # (R,) most tokens for each row
+        stops: set[int],                   # ids that end a completion
+        noise: np.ndarray | None = None,   # (R, max limit) in [0, 1); None when greedy
+    ):
+        shape = (len(limits), int(limits.max()))
+        self.ids, self.logps = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.float32)
+        self.lengths = np.zeros(len(limits), dtype=int)  # 0 while a row is running
+        self.rows, self.step = np.arange(len(limits)), 0
+        self.limits, self.stops, self.noise = limits, stops, noise
+
+    @property
+    def uniform(self) -> np.ndarray | None:
+        "The random number of each row in the batch for the present step; None when greedy."
+        return None if self.noise is None else self.noise[self.rows, self.step]
+
+    def add(self, tokens: np.ndarray, logps: np.ndarray) -> np.ndarray:
+        "Note one token for every row in the batch; returns the places in the batch that go on, none when all have ended."
+        rows, t = self.rows, self.step
+        self.ids[rows, t], self.logps[rows, t] = tokens, logps
+        ends = np.isin(tokens, list(self.stops)) | (t + 1 >= self.limits[rows])
+        self.lengths[rows] = np.where(ends & (self.lengths[rows] == 0), t + 1, self.lengths[rows])
+        running = self.lengths[rows] == 0
+        keep = np.flatnonzero(running) if running.mean() <= 0.75 else np.arange(len(rows))
+        self.rows, self.step = rows[keep], t + 1
+        return keep
+
+    def completions(self, tokenizer) -> list[Completion]:
+        "Every row as a `Completion`."
+        kept = [ids[:length] for ids, length in zip(self.ids, self.lengths, strict=True)]
+        texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+        return [Completion(tuple(ids.tolist()), logps[:len(ids)].copy(), int(ids[-1]) in self.stops, text)
+                for ids, logps, text in zip(kept, self.logps, texts, strict=True)]
+
+# %% ../../nbs/engine/02_policy.ipynb #a9c9e5a4
+def complete(
+    policy: Policy,
+    decode: Callable[[list[list[int]], Written, float, float], None],  # (prompts of the rows, written, temperature, top_p)
+    prompts: list[list[int]], *, n: int, max_tokens: int, temperature: float, top_p: float, seed: int, batch_size: int,
+) -> list[list[Completion]]:
+    "`n` completions for each prompt, in the order of the prompts; raises `ModelError`."
+    check_generation(prompts, policy.max_length, policy.vocab, n=n, max_tokens=max_tokens, temperature=temperature,
+                     top_p=top_p, batch_size=batch_size)
+    rows = sorted(((p, s) for p in range(len(prompts)) for s in range(n)), key=lambda row: len(prompts[row[0]]))
+    found: dict[tuple[int, int], Completion] = {}
+    for start in range(0, len(rows), batch_size):
+        part = rows[start:start + batch_size]
+        limits = np.array([min(max_tokens, policy.max_length - len(prompts[p])) for p, _ in part])
+        written = Written(limits, policy.stops, None if temperature == 0 else sampling_noise(seed, part, int(limits.max())))
+        decode([prompts[p] for p, _ in part], written, temperature, top_p)
+        found |= zip(part, written.completions(policy.tokenizer), strict=True)
+    return [[found[p, s] for s in range(n)] for p in range(len(prompts))]
+
+# %% ../../nbs/engine/02_policy.ipynb #01705bea
+def matching_layers(
+    linear: list[str],         # paths of the layers that can have an adapter
+    targets: tuple[str, ...],  # endings of paths, or whole paths
+) -> list[str]:                # in the model's order
+    "Paths that match; raises `ModelError` listing what the model has when a target matches none."
+    found = {t: [p for p in linear if p == t or p.endswith(f".{t}")] for t in targets}
+    for target, paths in found.items():
+        if not paths:
+            names = sorted({p.rpartition(".")[2] for p in linear})
+            raise ModelError(f"the model has no linear layer {target!r} to adapt; it has {', '.join(names)}")
+    wanted = {p for paths in found.values() for p in paths}
+    return [p for p in linear if p in wanted]
+
+# %% ../../nbs/engine/02_policy.ipynb #68e77497
+def write_state(
+    folder: str | Path,
+    policy: Policy,
+    optimizer: AdamW,                       # its settings
+    save: Callable[[dict, Path], None],     # writes named arrays of the framework to a safetensors file
+    weights: dict[str, Any],                # trainable weights by name, float32
+    moments: dict[str, Any],                # the optimiser's
+    **counts: int,                          # what else the policy must remember
+) -> None:
+    "Write all of it or nothing; raises `OutputError`."
+    from realign_core.engine.adapters import staged_folder
+    notes = {"backend": policy.backend, "source": policy.source, "lora": asdict(policy.lora) if policy.lora else None,
+             "optimizer": asdict(optimizer), "seed": policy.seed, **counts}
+    with staged_folder(folder) as stage:
+        save(weights, stage / "weights.safetensors")
+        save(moments, stage / "optimizer.safetensors")
+        (stage / "state.json").write_text(json.dumps(notes, indent=2) + "\n")
+
+# %% ../../nbs/engine/02_policy.ipynb #0d910202
+def read_state(
+    folder: str | Path,
+    policy: Policy,
+    read: Callable[[Path], dict],           # reads a safetensors file into arrays of the framework
+    shapes: dict[str, tuple[int, ...]],     # of the policy's trainable weights
+    *counts: str,                           # names that `write_state` was given
+) -> tuple[dict, AdamW, dict[str, Any], dict[str, Any]]:
+    "state.json, the optimiser's settings, weights, moments; `CheckpointError` when missing, damaged, or another run's."
+    folder = Path(folder).expanduser()
+    try:
+        notes = json.loads((folder / "state.json").read_text())
+        backend, source, lora = [notes[name] for name in ("backend", "source", "lora", "seed", *counts)][:3]
+        settings = AdamW(**notes["optimizer"] | {"betas": tuple(notes["optimizer"]["betas"])})
+        weights, moments = (read(folder / f"{name}.safetensors") for name in ("weights", "optimizer"))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: the saved state is missing or damaged ({error})") from error
+    mine = json.loads(json.dumps([policy.backend, asdict(policy.lora) if policy.lora else None]))  # tuples as JSON has them
+    if [backend, lora] != mine or {name: tuple(w.shape) for name, w in weights.items()} != shapes:
+        raise CheckpointError(f"{folder}: saved from another model or with other adapters ({source} on {backend}, {lora})")
+    return notes, settings, weights, moments
+
 # %% ../../nbs/engine/02_policy.ipynb #8a90deb1
 BACKENDS = ("torch", "mlx")
 
@@ -156,8 +369,8 @@ def pick_backend(name: str = "auto") -> str:
 
 # %% ../../nbs/engine/02_policy.ipynb #55413712
 SHIPPED = {"tinyworld-base": "base", "tinyworld-instruct": "instruct"}
-_WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
-                 "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.jinja"]
+_BESIDE_WEIGHTS = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "*.jinja"]
 
 
 def find_snapshot(
@@ -182,7 +395,7 @@ def _download(hub_id: str) -> Path:
     "Fetch a hub snapshot (safetensors, tokenizer, config; never pickles) and return its cache folder."
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_WANTED_FILES))
+        return Path(snapshot_download(hub_id, allow_patterns=["*.safetensors", "*.safetensors.index.json", *_BESIDE_WEIGHTS]))
     except Exception as error:
         raise ModelError(f"model {hub_id!r} is neither a folder nor reachable on the hub "
                          f"({type(error).__name__}); shipped models are {', '.join(SHIPPED)}") from error
@@ -205,6 +418,33 @@ def _check_snapshot(folder: Path) -> None:
                          "loaded: convert it to safetensors first" if found else ""))
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ModelError(f"{folder}: no tokenizer (tokenizer.json is missing)")
+
+# %% ../../nbs/engine/02_policy.ipynb #ba98fc80
+def write_snapshot(
+    folder: str | Path,              # where to
+    origin: Path,                    # the snapshot that the model was loaded from
+    write: Callable[[Path], None],   # puts the weights into a folder, as model*.safetensors
+    dtype: str,                      # of the weights
+    tokenizer: Any = None,           # when it is no longer the origin's own
+    **config: Any,                   # further entries of config.json
+) -> Path:                           # the folder
+    "Write a whole snapshot or nothing; raises `OutputError`."
+    from realign_core.engine.adapters import staged_folder
+    folder = Path(folder).expanduser()
+    with staged_folder(folder) as stage:
+        write(stage)
+        for path in {p for pattern in _BESIDE_WEIGHTS for p in origin.glob(pattern)}:
+            shutil.copyfile(path, stage / path.name)
+        known = json.loads((origin / "config.json").read_text())
+        names = [name for name in ("dtype", "torch_dtype") if name in known] or ["dtype"]
+        (stage / "config.json").write_text(json.dumps(known | dict.fromkeys(names, dtype) | config, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+        written = {path.name for path in stage.iterdir()}
+    for path in folder.glob("model*.safetensors*"):  # of an earlier save, in more or fewer pieces
+        if path.name not in written:
+            path.unlink()
+    return folder
 
 # %% ../../nbs/engine/02_policy.ipynb #aa1d4ed1
 def load(

@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import CheckpointError, ModelError, TrainingError
-from .adapters import Tensors, read_adapter, staged_folder, write_adapter
-from .encoding import ChatTokens
-from .policy import AdamW, Batch, Completion, LoRA, Objective
+from ..errors import ModelError, TrainingError
+from .adapters import Tensors, read_adapter, write_adapter
+from .encoding import load_tokenizer, quiet, stop_tokens
+from .policy import (
+    CHUNK_BYTES, AdamW, Batch, Completion, LoRA, Objective, Written, check_batch, chosen_points, complete, left_padded,
+    matching_layers, read_state, window, write_snapshot, write_state)
 
 # %% auto #0
-__all__ = ['CHUNK_BYTES', 'pick_device', 'own_random', 'load_model', 'target_states', 'Head', 'target_logps', 'scatter',
-           'check_packing', 'sampling_noise', 'choose', 'nucleus', 'stop_tokens', 'prefill', 'Written', 'decode',
-           'adapted_layers', 'add_adapters', 'layer_parameters', 'write_layer', 'window', 'load_tokenizer',
-           'TorchPolicy']
+__all__ = ['pick_device', 'own_random', 'load_model', 'target_states', 'Head', 'target_logps', 'scatter', 'choose', 'nucleus',
+           'prefill', 'decode', 'adapted_layers', 'add_adapters', 'layer_parameters', 'write_layer', 'residual_stream',
+           'Optimizer', 'check_scores', 'TorchPolicy']
 
 # %% ../../nbs/engine/03_torch.ipynb #cecdbe8c
 def pick_device() -> torch.device:
@@ -43,21 +43,6 @@ def own_random(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    "Without the progress bars and advice that transformers prints while it loads and saves."
-    from transformers.utils import logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
 # %% ../../nbs/engine/03_torch.ipynb #4116ba83
 def load_model(
     folder: str | Path,           # a Hugging Face snapshot
@@ -70,7 +55,7 @@ def load_model(
     kind = getattr(torch, dtype) if dtype else torch.float32 if device.type == "cpu" else "auto"
     local = dict(local_files_only=True, trust_remote_code=False)
     try:
-        with _quiet():
+        with quiet():
             config = AutoConfig.from_pretrained(folder, **local)
             # the fused kernel cannot cap attention scores, which Gemma 2 needs
             attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
@@ -114,18 +99,15 @@ class Head:
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
 
 # %% ../../nbs/engine/03_torch.ipynb #19a87cc8
-CHUNK_BYTES = 64 * 2**20  # float32 logits held at once while scoring
-
-
 def target_logps(
     head: Head,
     hidden: torch.Tensor,    # (N, D) from `target_states`
     targets: torch.Tensor,   # (N,) int64 token ids
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,  # None: `CHUNK_BYTES`
 ) -> torch.Tensor:           # (N,) float32, nats
     "Log-probabilities of the targets; with more than one chunk, logits are recomputed in the backward pass."
     def score(h, t): return -F.cross_entropy(head(h), t, reduction="none")
-    rows = max(1, chunk_bytes // (4 * head.vocab))
+    rows = max(1, (chunk_bytes or CHUNK_BYTES) // (4 * head.vocab))
     if len(targets) <= rows:
         return score(hidden, targets)
     parts = [checkpoint(score, h, t, use_reentrant=False, preserve_rng_state=False)
@@ -136,25 +118,6 @@ def target_logps(
 def scatter(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     "Values (N,) at the True entries of a mask (B, T), zeros elsewhere."
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
-
-# %% ../../nbs/engine/03_torch.ipynb #78c458e2
-def check_packing(segments: np.ndarray, positions: np.ndarray) -> None:
-    "Positions (B, T) must count from 0 in every segment; raises `ModelError` when they do not."
-    first = np.diff(segments, prepend=0, axis=1) != 0
-    if (positions[first & (segments > 0)] != 0).any():
-        raise ModelError("packed batch: positions do not start at 0 in every segment, so sequences would see each other")
-    inside = ~first & (segments > 0)
-    if (np.diff(positions, prepend=-1, axis=1)[inside] != 1).any():
-        raise ModelError("packed batch: positions do not count up by 1 inside a segment")
-
-# %% ../../nbs/engine/03_torch.ipynb #170849c4
-def sampling_noise(
-    seed: int,
-    rows: list[tuple[int, int]],  # (index of the prompt, index of the sample) of each row
-    tokens: int,                  # how many numbers each
-) -> np.ndarray:                  # (rows, tokens) float64 in [0, 1)
-    "The uniform numbers behind each completion, independent of how rows are batched."
-    return np.stack([np.random.default_rng([seed, *row]).random(tokens) for row in rows])
 
 # %% ../../nbs/engine/03_torch.ipynb #05f06be9
 def choose(
@@ -182,106 +145,59 @@ def nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
     return torch.zeros_like(probs).scatter(-1, index, ordered * keep)
 
 # %% ../../nbs/engine/03_torch.ipynb #db392448
-def stop_tokens(
-    tokenizer,       # a transformers tokenizer
-    folder: Path,    # the snapshot, whose generation_config.json may name more
-) -> set[int]:
-    "Ids at which a completion ends: end of sequence, and the end of a chat turn."
-    found = {tokenizer.eos_token_id}
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            value = json.loads((folder / name).read_text()).get("eos_token_id")
-            found |= set(value) if isinstance(value, list) else {value}
-    if tokenizer.eos_token_id is not None:
-        found.add(ChatTokens(tokenizer).end_of_turn)
-    return found - {None}
-
-# %% ../../nbs/engine/03_torch.ipynb #52862741
 def prefill(
     model: nn.Module,
-    prompts: list[list[int]],    # P prompts of similar length
-    n: int,                      # completions of each
+    prompts: list[list[int]],    # of R rows, of similar length
 ) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    "The cache, attention mask (P * n, L) and last hidden states (P * n, D) after reading each prompt once."
+    "The cache, attention mask (R, L) and last hidden states (R, D) after reading each different prompt once."
     from transformers import DynamicCache
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    attend = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    ids, padding, places = (torch.from_numpy(x).long().to(model.device) for x in left_padded(prompts))
+    attend = (torch.arange(ids.shape[1], device=model.device) >= padding[:, None]).long()
     cache = DynamicCache(config=model.config)
     hidden = model.base_model(
         input_ids=ids, attention_mask=None if attend.all() else attend, position_ids=(attend.cumsum(-1) - 1).clamp(min=0),
         past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-    if n > 1:
-        cache.batch_repeat_interleave(n)
-    return cache, attend.repeat_interleave(n, 0), hidden.repeat_interleave(n, 0)
+    if len(ids) < len(prompts):
+        cache.batch_select_indices(places)
+    return cache, attend[places], hidden[places]
 
-# %% ../../nbs/engine/03_torch.ipynb #1f9daa65
-class Written:
-    "What the rows of a batch have written so far, and which of them are still running."
-
-    def __init__(self, limits: np.ndarray):  # (R,) most tokens for each row
-        shape = (len(limits), int(limits.max()))
-        self.ids, self.logps = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.float32)
-        self.lengths = np.zeros(len(limits), dtype=int)  # 0 while a row is running
-        self.rows, self.limits, self.step = np.arange(len(limits)), limits, 0
-
-    def add(self, tokens: np.ndarray, logps: np.ndarray, stops: set[int]) -> np.ndarray:
-        "Note one token for every row in the batch; returns which of these rows go on."
-        rows, t = self.rows, self.step
-        self.ids[rows, t], self.logps[rows, t] = tokens, logps
-        ends = np.isin(tokens, list(stops)) | (t + 1 >= self.limits[rows])
-        self.lengths[rows] = np.where(ends & (self.lengths[rows] == 0), t + 1, self.lengths[rows])
-        self.step += 1
-        return self.lengths[rows] == 0
-
-# %% ../../nbs/engine/03_torch.ipynb #b358287f
+# %% ../../nbs/engine/03_torch.ipynb #e77205fd
 @torch.no_grad()
 def decode(
     model: nn.Module,
     head: Head,
-    prompts: list[list[int]],       # P prompts
-    n: int,                         # completions of each
-    limits: np.ndarray,             # (P * n,) most tokens for each row
-    stops: set[int],                # ids that end a completion
-    noise: np.ndarray | None,       # (P * n, max limit), None when greedy
+    prompts: list[list[int]],       # of R rows
+    written: Written,               # of R rows; filled here
     temperature: float,
     top_p: float,
-) -> Written:
-    "Complete every prompt n times."
-    cache, attend, hidden = prefill(model, prompts, n)
-    padded, positions, written = not bool(attend.all()), attend.sum(-1), Written(limits)
+) -> None:
+    "Complete every row."
+    cache, attend, hidden = prefill(model, prompts)
+    padded, positions = not bool(attend.all()), attend.sum(-1)
     while True:
-        u = None if noise is None else torch.from_numpy(noise[written.rows, written.step]).to(model.device)
-        tokens, logps = choose(head(hidden), temperature, top_p, u)
-        running = written.add(tokens.cpu().numpy(), logps.cpu().numpy(), stops)
-        if not running.any():
-            return written
-        if running.mean() <= 0.75:
-            keep = torch.from_numpy(np.flatnonzero(running)).to(model.device)
-            written.rows, tokens, attend, positions = written.rows[running], tokens[keep], attend[keep], positions[keep]
+        noise = None if written.uniform is None else torch.from_numpy(written.uniform).to(model.device)
+        tokens, logps = choose(head(hidden), temperature, top_p, noise)
+        keep = written.add(tokens.cpu().numpy(), logps.cpu().numpy())
+        if not len(keep):
+            return
+        if len(keep) < len(tokens):
+            keep = torch.from_numpy(keep).to(model.device)
+            tokens, attend, positions = tokens[keep], attend[keep], positions[keep]
             cache.batch_select_indices(keep)
         attend = F.pad(attend, (0, 1), value=1)
         hidden = model.base_model(input_ids=tokens[:, None], attention_mask=attend if padded else None,
                                   position_ids=positions[:, None], past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
         positions = positions + 1
 
-# %% ../../nbs/engine/03_torch.ipynb #a2031a60
+# %% ../../nbs/engine/03_torch.ipynb #52862741
 def adapted_layers(
     model: nn.Module,
     targets: tuple[str, ...],  # endings of paths, or whole paths
 ) -> list[str]:
     "Paths of the linear layers that match; raises `ModelError` listing what the model has when a target matches none."
-    linear = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    if model.config.get_text_config().tie_word_embeddings:  # adapting a shared matrix would adapt the input embedding too
-        head = model.get_output_embeddings()
-        linear = [path for path in linear if model.get_submodule(path) is not head]
-    found = {t: [p for p in linear if p == t or p.endswith(f".{t}")] for t in targets}
-    for target, paths in found.items():
-        if not paths:
-            names = sorted({p.rpartition(".")[2] for p in linear})
-            raise ModelError(f"the model has no linear layer {target!r} to adapt; it has {', '.join(names)}")
-    wanted = {p for paths in found.values() for p in paths}
-    return [p for p in linear if p in wanted]
+    tied = model.get_output_embeddings() if model.config.get_text_config().tie_word_embeddings else None
+    linear = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not tied]
+    return matching_layers(linear, targets)
 
 # %% ../../nbs/engine/03_torch.ipynb #63c1a040
 def add_adapters(
@@ -325,365 +241,80 @@ def write_layer(path: str, layer: nn.Module, arrays: tuple) -> None:
         with torch.no_grad():
             parameter.copy_(torch.from_numpy(np.ascontiguousarray(array)))
 
+# %% ../../nbs/engine/03_torch.ipynb #1427f1f5
+def residual_stream(
+    backbone: nn.Module,             # a model without its head
+    ids: torch.Tensor,               # (B, T) token ids
+    positions: torch.Tensor | None,  # (B, T) positions of packed sequences
+    points: list[int],               # which of the L + 1 points: 0 is before the first layer, L after the last
+) -> torch.Tensor:                   # (points, B, T, D) float32
+    "The hidden states that enter the layers, and those that leave the last one."
+    blocks, found = backbone.layers, {}
+    def before(i):
+        def hook(_, args, kwargs): found[i] = args[0] if args else kwargs["hidden_states"]
+        return hook
+    def after(_, args, out): found[len(blocks)] = out[0] if isinstance(out, tuple) else out
+    hooks = [block.register_forward_pre_hook(before(i), with_kwargs=True) for i, block in enumerate(blocks)]
+    hooks.append(blocks[-1].register_forward_hook(after))
+    try:
+        backbone(input_ids=ids, position_ids=positions, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack([found[i % (len(blocks) + 1)].float() for i in points])
+
 # %% ../../nbs/engine/03_torch.ipynb #6f82e59e
-class _Preparing:
-    "From a batch of NumPy arrays to hidden states at its targets."
+class Optimizer:
+    "AdamW on float32 weights, and on float32 copies of weights that have fewer bits."
 
-    def _prepare(self, batch: Batch) -> Batch:
-        "The batch cut behind its last target, checked, as tensors."
-        columns = np.flatnonzero(np.asarray(batch.mask).any(0))
-        used = int(columns[-1]) + 1 if len(columns) else 1
-        length = used if batch.positions is None else int(np.asarray(batch.positions)[:, :used].max()) + 1
-        self._check(batch, used, length)
-        return batch.convert(lambda x: torch.tensor(np.asarray(x), device=self.device))
+    def __init__(self, weights: dict[str, nn.Parameter], settings: AdamW):
+        self.weights, self.settings = weights, settings
+        self.masters = {name: p.detach().float() if p.dtype != torch.float32 else p for name, p in weights.items()}
+        self.adamw = torch.optim.AdamW(list(self.masters.values()), lr=0.0, betas=settings.betas, eps=settings.eps,
+                                       weight_decay=settings.weight_decay, fused=True)
 
-    def _check(self, batch: Batch, used: int, length: int) -> None:
-        "Refuse ids and lengths that the model cannot take."
-        ids = np.asarray(batch.ids)[:, :used]
-        if length > self.max_length:
-            raise ModelError(f"a sequence has {length} tokens; the model's window is {self.max_length}")
-        if np.asarray(batch.mask)[:, 0].any():
-            raise ModelError("the first token of a row cannot be a target: nothing predicts it")
-        if ids.min(initial=0) < 0 or ids.max(initial=0) >= self.head.vocab:
-            raise ModelError(f"token id {max(ids.max(), -ids.min())} is outside the model's vocabulary of {self.head.vocab}")
-        if batch.segments is not None:
-            check_packing(np.asarray(batch.segments)[:, :used], np.asarray(batch.positions)[:, :used])
-
-    def _states(self, batch: Batch, model: nn.Module | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        "Hidden states (N, D) and ids (N,) of the targets of a prepared batch."
-        columns = batch.mask.any(0).nonzero()
-        used = int(columns[-1]) + 1 if len(columns) else 1
-        positions = None if batch.positions is None else batch.positions[:, :used].long()
-        states = target_states(model or self.model, batch.ids[:, :used], batch.mask[:, :used], positions)
-        return states, batch.ids[batch.mask].long()
-
-# %% ../../nbs/engine/03_torch.ipynb #4017b3fc
-class _Scoring(_Preparing):
-    "score, entropy."
-
-    @torch.no_grad()
-    def score(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
-        "Log-probabilities (B, T) float32 in nats, 0 where the mask is False; raises `ModelError` beyond the window."
-        prepared = self._prepare(batch)
-        with self._reference() if reference else nullcontext((self.model, self.head)) as (model, head):
-            logps = target_logps(head, *self._states(prepared, model))
-        return scatter(logps, prepared.mask).cpu().numpy()
-
-    @torch.no_grad()
-    def entropy(self, batch: Batch) -> np.ndarray:
-        "Entropy (B, T) in nats of the distribution that each target was drawn from, 0 elsewhere."
-        prepared = self._prepare(batch)
-        parts = [torch.special.entr(self.head(h).softmax(-1)).sum(-1)
-                 for h in self._states(prepared)[0].split(max(1, CHUNK_BYTES // (4 * self.head.vocab)))]
-        return scatter(torch.cat(parts), prepared.mask).cpu().numpy()
-
-# %% ../../nbs/engine/03_torch.ipynb #4ee52fdd
-class _States:
-    "hidden_states."
-
-    @torch.no_grad()
-    def hidden_states(self, batch: Batch, layers: list[int] | None = None) -> np.ndarray:
-        "Residual stream (L+1, B, T, D) float32 before each layer and after the last, or at the chosen `layers`."
-        blocks = getattr(self.model.base_model, "layers", None)
-        if blocks is None:
-            raise ModelError(f"{self.source}: hidden states of model type {self.config.get('model_type')!r} are not supported")
-        wanted = range(len(blocks) + 1) if layers is None else layers
-        if bad := [i for i in wanted if not -len(blocks) - 1 <= i <= len(blocks)]:
-            raise ModelError(f"layer {bad[0]} does not exist; the stream has points 0 to {len(blocks)}")
-        found = {}
-        def before(i):
-            def hook(_, args, kwargs): found[i] = args[0] if args else kwargs["hidden_states"]
-            return hook
-        def after(_, args, out): found[len(blocks)] = out[0] if isinstance(out, tuple) else out
-        hooks = [b.register_forward_pre_hook(before(i), with_kwargs=True) for i, b in enumerate(blocks)]
-        hooks.append(blocks[-1].register_forward_hook(after))
-        try:
-            self._forward(batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return torch.stack([found[i % (len(blocks) + 1)].float() for i in wanted]).cpu().numpy()
-
-    def _forward(self, batch: Batch) -> None:
-        "Run every column of the batch through the layers."
-        width = np.asarray(batch.ids).shape[1]
-        self._check(batch, width, width if batch.positions is None else int(np.asarray(batch.positions).max()) + 1)
-        def tensor(x): return None if x is None else torch.tensor(np.asarray(x), device=self.device).long()
-        self.model.base_model(input_ids=tensor(batch.ids), position_ids=tensor(batch.positions), use_cache=False)
-
-# %% ../../nbs/engine/03_torch.ipynb #63184a40
-class _Referring:
-    "freeze_reference, and the use of it."
-
-    def freeze_reference(self) -> None:
-        "Take the present weights as the reference. With adapters it is the base model: nothing is copied."
-        if self.lora is None:
-            import copy
-            self._frozen = copy.deepcopy(self.model).requires_grad_(False)
-
-    @contextmanager
-    def _reference(self) -> Iterator[tuple[nn.Module, Head]]:
-        "The reference model and its head, for the length of a block."
-        if self.lora is not None:
-            with self._wrapper.disable_adapter():
-                yield self.model, self.head
-        elif self._frozen is None:
-            raise ModelError("there is no reference yet: call freeze_reference() before training starts")
-        else:
-            yield self._frozen, Head(self._frozen)
-
-# %% ../../nbs/engine/03_torch.ipynb #aa8d46bd
-class _Sampling:
-    "generate."
-
-    def generate(self, prompts: list[list[int]], *, n: int = 1, max_tokens: int = 64, temperature: float = 1.0,
-                 top_p: float = 1.0, seed: int = 0, batch_size: int = 64) -> list[list[Completion]]:
-        """`n` completions for each prompt (token ids); temperature 0 is greedy. The batch size changes no result.
-
-        A completion stops at the model's window. Raises `ModelError` for a prompt that is empty or fills the window."""
-        for i, prompt in enumerate(prompts):
-            if not 0 < len(prompt) < self.max_length:
-                raise ModelError(f"prompt {i} has {len(prompt)} tokens; wanted 1 to {self.max_length - 1}")
-        if temperature < 0 or not 0 < top_p <= 1 or n < 1 or max_tokens < 1 or batch_size < 1:
-            raise ModelError("generate wants temperature >= 0, 0 < top_p <= 1, and n, max_tokens, batch_size >= 1")
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        found: dict[tuple[int, int], Completion] = {}
-        together = max(1, batch_size // n)
-        for start in range(0, len(order), together):
-            for first in range(0, n, batch_size):
-                samples = range(first, min(n, first + batch_size))
-                rows = [(i, s) for i in order[start: start + together] for s in samples]
-                found |= zip(rows, self._complete(prompts, rows, max_tokens, temperature, top_p, seed), strict=True)
-        return [[found[i, s] for s in range(n)] for i in range(len(prompts))]
-
-    def _complete(self, prompts, rows, max_tokens, temperature, top_p, seed) -> list[Completion]:
-        "Completions of one batch of (prompt, sample) rows; rows of a prompt stand together."
-        chosen = list(dict.fromkeys(i for i, _ in rows))
-        limits = np.array([min(max_tokens, self.max_length - len(prompts[i])) for i, _ in rows])
-        noise = None if temperature == 0 else sampling_noise(seed, rows, int(limits.max()))
-        written = decode(self.model, self.head, [prompts[i] for i in chosen], len(rows) // len(chosen), limits, self.stops,
-                         noise, temperature, top_p)
-        kept = [written.ids[r, :k] for r, k in enumerate(written.lengths)]
-        texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
-        return [Completion(tuple(k.tolist()), written.logps[r, :len(k)].copy(), int(k[-1]) in self.stops, text)
-                for r, (k, text) in enumerate(zip(kept, texts, strict=True))]
-
-# %% ../../nbs/engine/03_torch.ipynb #7a7b7b0e
-class _Learning:
-    "backward, gradients."
-
-    def backward(self, batch: Batch, objective: Objective, scale: float = 1.0) -> tuple[float, dict[str, tuple[float, float]]]:
-        "Add the gradient of scale * loss to what is accumulated; returns the unscaled loss and the metrics."
-        prepared = self._prepare(batch)
-        with self._dropout():
-            logps = target_logps(self.head, *self._states(prepared))
-        loss, metrics = objective(scatter(logps, prepared.mask), prepared)
-        (loss * scale).backward()
-        def number(x): return float(x.detach()) if isinstance(x, torch.Tensor) else float(x)
-        return number(loss), {name: (number(total), number(count)) for name, (total, count) in metrics.items()}
-
-    @contextmanager
-    def _dropout(self) -> Iterator[None]:
-        "Dropout of the adapters, seeded by the policy's seed and the number of draws so far."
-        if self.lora is None or not self.lora.dropout:
-            yield
-            return
-        with own_random(self.device):
-            torch.manual_seed(int(np.random.default_rng([self.seed, self._draws]).integers(2**62)))
-            self._draws += 1
-            for layer in self._layers.values():
-                layer.lora_dropout.train()
-            try:
-                yield
-            finally:
-                for layer in self._layers.values():
-                    layer.lora_dropout.eval()
-
-    def gradients(self) -> dict[str, np.ndarray]:
-        "The accumulated gradients, float32, by Hugging Face parameter name (adapters: the names in PEFT's file)."
-        return {name: p.grad.float().cpu().numpy().copy() for name, p in self._trainable().items() if p.grad is not None}
-
-    def _trainable(self) -> dict[str, nn.Parameter]:
-        "Trainable parameters by name."
-        if self.lora is None:
-            return dict(self.model.named_parameters())
-        return {f"base_model.model.{path}.{name}": p for path, layer in self._layers.items()
-                for name, p in layer_parameters(layer).items()}
-
-# %% ../../nbs/engine/03_torch.ipynb #a3093222
-class _Stepping(_Learning):
-    "configure, step."
-
-    def configure(self, optimizer: AdamW) -> None:
-        "Start a fresh optimiser."
-        self._settings = optimizer
-        self._masters = {name: p.detach().float() if p.dtype != torch.float32 else p
-                         for name, p in self._trainable().items()}
-        self._optimizer = torch.optim.AdamW(list(self._masters.values()), lr=0.0, betas=optimizer.betas, eps=optimizer.eps,
-                                            weight_decay=optimizer.weight_decay, fused=True)
-
-    def step(self, lr: float, max_norm: float | None = None) -> float:
-        "Clip to a global norm, take one optimiser step, clear the gradients; returns the norm before clipping."
-        if self._optimizer is None:
-            self.configure(AdamW())
-        parameters = self._trainable()
-        if all(p.grad is None for p in parameters.values()):
-            raise TrainingError("step() without gradients: call backward() first")
-        for name, p in parameters.items():
-            if (master := self._masters[name]) is not p:
+    def step(self, lr: float, max_norm: float | None) -> float:
+        "Clip to a global norm, take one step unless the norm is not finite, clear the gradients; returns the norm."
+        for name, p in self.weights.items():
+            if (master := self.masters[name]) is not p:
                 master.grad = None if p.grad is None else p.grad.float()
-        norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), max_norm if max_norm is not None else float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), max_norm if max_norm is not None else float("inf"))
         if norm.isfinite():
-            for group in self._optimizer.param_groups:
+            for group in self.adamw.param_groups:
                 group["lr"] = lr
-            self._optimizer.step()
-            self._copy_masters()
-        for p in (*parameters.values(), *self._masters.values()):
+            self.adamw.step()
+            self._round()
+        for p in (*self.weights.values(), *self.masters.values()):
             p.grad = None
         return float(norm)
 
     @torch.no_grad()
-    def _copy_masters(self) -> None:
-        "Round the optimiser's float32 weights into the model's, where the model has fewer bits."
-        for name, p in self._trainable().items():
-            if self._masters[name] is not p:
-                p.copy_(self._masters[name])
+    def _round(self) -> None:
+        "Round the masters into the model's weights, where those have fewer bits."
+        for name, p in self.weights.items():
+            if self.masters[name] is not p:
+                p.copy_(self.masters[name])
 
-# %% ../../nbs/engine/03_torch.ipynb #b38c477e
-_KEPT_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-               "vocab.json", "merges.txt", "*.jinja")
-
-
-class _Saving:
-    "save, fuse."
-
-    def save(self, folder: str | Path, layout: str | None = None) -> Path:
-        "Write the adapter ('peft', the default, or 'mlx') or, without adapters, a whole snapshot; raises `OutputError`."
-        if self.lora is not None:
-            return write_adapter(folder, layout or "peft", self.lora, self._arrays(), self.source)
-        folder = Path(folder).expanduser()
-        with staged_folder(folder) as stage, _quiet():
-            self.model.save_pretrained(stage)
-            for path in {p for pattern in _KEPT_FILES for p in self.folder.glob(pattern)}:
-                shutil.copyfile(path, stage / path.name)
-            config = json.loads((stage / "config.json").read_text())
-            config |= {key: str(self.model.dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in config}
-            (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            if self.tokenizer.chat_template != self._template:
-                self.tokenizer.save_pretrained(stage)
-            names = {path.name for path in stage.iterdir()}
-        for path in folder.glob("model*.safetensors*"):  # of an earlier save, in more or fewer pieces
-            if path.name not in names:
-                path.unlink()
-        return folder
-
-    def _arrays(self) -> Tensors:
-        "The adapters as float32 arrays."
-        def read(layer):
-            a, b, *m = (p.detach().float().cpu().numpy().copy() for p in layer_parameters(layer).values())
-            return a, b, m[0] if m else None
-        return {path: read(layer) for path, layer in self._layers.items()}
-
-    def fuse(self) -> None:
-        "Merge the adapters into the weights; afterwards every weight trains and `save` writes a whole snapshot."
-        if self.lora is None:
-            return
-        self.model = self._wrapper.merge_and_unload().requires_grad_(True)
-        self.lora, self._wrapper, self._layers, self._optimizer, self._masters = None, None, {}, None, {}
-        self.head = Head(self.model)
-
-# %% ../../nbs/engine/03_torch.ipynb #0b2c1ea8
-class _Remembering:
-    "save_state."
-
-    def save_state(self, folder: str | Path) -> None:
-        "Write trainable weights, optimiser and random state, for an exact resume; raises `OutputError`."
-        from safetensors.torch import save_file
-        if self._optimizer is None:
-            self.configure(AdamW())
-        moments = {f"{name}.{key}": value.contiguous() for name, p in self._masters.items()
-                   for key, value in self._optimizer.state.get(p, {}).items()}
-        with staged_folder(folder) as stage:
-            save_file({name: p.detach().contiguous() for name, p in self._masters.items()}, stage / "weights.safetensors")
-            save_file(moments, stage / "optimizer.safetensors")
-            (stage / "state.json").write_text(json.dumps(self._identity() | {"draws": self._draws}, indent=2) + "\n")
-
-    def _identity(self) -> dict:
-        "What must agree between a saved state and the policy that reads it."
-        return {"backend": self.backend, "source": self.source, "lora": asdict(self.lora) if self.lora else None,
-                "optimizer": asdict(self._settings), "seed": self.seed}
-
-# %% ../../nbs/engine/03_torch.ipynb #591603aa
-class _Resuming(_Remembering):
-    "load_state."
-
-    def load_state(self, folder: str | Path) -> None:
-        "Read what `save_state` wrote; raises `CheckpointError` when it is missing, damaged, or another run's."
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-        folder = Path(folder)
-        try:
-            state = json.loads((folder / "state.json").read_text())
-            settings = AdamW(**state["optimizer"] | {"betas": tuple(state["optimizer"]["betas"])})
-            weights, moments = (load_file(folder / f"{name}.safetensors") for name in ("weights", "optimizer"))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise CheckpointError(f"{folder}: the saved state is missing or damaged ({error})") from error
-        self.configure(settings)
-        lora = json.loads(json.dumps(self._identity()["lora"]))  # tuples as JSON has them
-        shapes = {name: p.shape for name, p in self._masters.items()}
-        if state.get("lora") != lora or {name: w.shape for name, w in weights.items()} != shapes:
-            raise CheckpointError(f"{folder}: saved from another model or with other adapters "
-                                  f"({state.get('source')}, {state.get('lora')})")
-        self._restore(weights, moments)
-        self._draws, self.seed = state["draws"], state["seed"]
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        "Float32 weights, and AdamW's moments and step counts."
+        moments = {f"{name}.{key}": value.contiguous() for name, p in self.masters.items()
+                   for key, value in self.adamw.state.get(p, {}).items()}
+        return {name: p.detach().contiguous() for name, p in self.masters.items()}, moments
 
     @torch.no_grad()
-    def _restore(self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]) -> None:
-        "Copy weights and AdamW's moments into place."
-        for name, p in self._masters.items():
+    def restore(self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]) -> None:
+        "Copy what `state` gave into place."
+        for name, p in self.masters.items():
             p.copy_(weights[name])
             keys = ("step", "exp_avg", "exp_avg_sq")
             if f"{name}.step" in moments:
                 # each a fresh tensor beside its parameter, as AdamW itself would make them
-                self._optimizer.state[p] = {key: moments[f"{name}.{key}"].to(p.device).clone() for key in keys}
-        self._copy_masters()
+                self.adamw.state[p] = {key: moments[f"{name}.{key}"].to(p.device).clone() for key in keys}
+        self._round()
 
-# %% ../../nbs/engine/03_torch.ipynb #17d52684
-class _Checking:
-    "The check at the end of loading."
-
-    @torch.no_grad()
-    def _self_check(self) -> None:
-        "Compare `score` with the model's own logits on eight tokens; raises `ModelError` when they differ."
-        ids = np.random.default_rng(0).integers(0, self.head.vocab, (1, 8), dtype=np.int32)
-        mask = np.arange(8)[None] > 0
-        logits = self.model(torch.from_numpy(ids).long().to(self.device), use_cache=False).logits[0, :-1].float()
-        plain = logits.log_softmax(-1)[np.arange(7), ids[0, 1:]].cpu().numpy()
-        error = np.abs(self.score(Batch(ids, mask))[0, 1:] - plain).max()
-        if not error <= (1e-3 if self.model.dtype == torch.float32 else 0.25):
-            raise ModelError(f"{self.source}: log-probabilities differ from the model's own by {error:.3g}; "
-                             f"{self.config.get('model_type')} changes its logits in a way that is not supported")
-
-# %% ../../nbs/engine/03_torch.ipynb #24350c7c
-def window(config) -> int:
-    "The longest sequence that the model's positions allow, in tokens."
-    config = config.get_text_config()
-    known = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
-    return next((int(k) for k in known if k), 2**31)
-
-
-def load_tokenizer(folder: Path):
-    "The snapshot's fast tokenizer; raises `ModelError`."
-    from transformers import AutoTokenizer
-    try:
-        with _quiet():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error})") from error
-
-# %% ../../nbs/engine/03_torch.ipynb #42e5d380
-class TorchPolicy(_Scoring, _States, _Referring, _Sampling, _Stepping, _Saving, _Resuming, _Checking):
-    "A transformers model, with peft's adapters if wanted, behind the `Policy` protocol."
+# %% ../../nbs/engine/03_torch.ipynb #63184a40
+class _Loaded:
+    "Model, tokenizer, adapters, reference."
     backend = "torch"
 
     def __init__(self,
@@ -704,17 +335,15 @@ class TorchPolicy(_Scoring, _States, _Referring, _Sampling, _Stepping, _Saving, 
         self._template = self.tokenizer.chat_template
         self.stops = stop_tokens(self.tokenizer, self.folder)
         self.model = load_model(folder, dtype, self.device)
-        self.max_length = window(self.model.config)
+        self.max_length = window(self.model.config.get_text_config().to_dict())
         self._frozen = self._optimizer = self._wrapper = None
-        self._layers, self._masters, self._draws, self._settings = {}, {}, 0, AdamW()
-        tensors = None
-        if adapter is not None:
-            lora, tensors = read_adapter(adapter)
-        self.lora = lora
-        if lora is not None:
-            self._wrapper, self._layers = add_adapters(self.model, lora, seed, tensors)
+        self._layers, self._draws = {}, 0
+        self.lora, tensors = read_adapter(adapter) if adapter is not None else (lora, None)
+        if self.lora is not None:
+            self._wrapper, self._layers = add_adapters(self.model, self.lora, seed, tensors)
         self.head = Head(self.model)
-        self._self_check()
+        self.vocab = self.head.vocab
+        check_scores(self)
 
     def __repr__(self) -> str:
         if self.model is None:
@@ -723,9 +352,184 @@ class TorchPolicy(_Scoring, _States, _Referring, _Sampling, _Stepping, _Saving, 
         how = f"LoRA rank {self.lora.rank}" if self.lora else "all weights train"
         return f"TorchPolicy({self.source}, {size:.2f}M parameters, {how}, {self.model.dtype}, {self.device})"
 
+    def freeze_reference(self) -> None:
+        "Take the present weights as the reference. With adapters it is the base model: nothing is copied."
+        if self.lora is None:
+            import copy
+            self._frozen = copy.deepcopy(self.model).requires_grad_(False)
+
+    @contextmanager
+    def _reference(self) -> Iterator[tuple[nn.Module, Head]]:
+        "The reference model and its head, for the length of a block."
+        if self.lora is not None:
+            with self._wrapper.disable_adapter():
+                yield self.model, self.head
+        elif self._frozen is None:
+            raise ModelError("there is no reference yet: call freeze_reference() before training starts")
+        else:
+            yield self._frozen, Head(self._frozen)
+
+# %% ../../nbs/engine/03_torch.ipynb #aa8d46bd
+@torch.no_grad()
+def check_scores(policy) -> None:
+    "Compare `score` with the model's own logits on eight tokens; raises `ModelError` when they differ."
+    ids = np.random.default_rng(0).integers(0, policy.vocab, (1, 8), dtype=np.int32)
+    mask = np.arange(8)[None] > 0
+    logits = policy.model(torch.from_numpy(ids).long().to(policy.device), use_cache=False).logits[0, :-1].float()
+    plain = logits.log_softmax(-1)[np.arange(7), ids[0, 1:]].cpu().numpy()
+    error = np.abs(policy.score(Batch(ids, mask))[0, 1:] - plain).max()
+    if not error <= (1e-3 if policy.model.dtype == torch.float32 else 0.25):
+        raise ModelError(f"{policy.source}: log-probabilities differ from the model's own by {error:.3g}; "
+                         f"{policy.config.get('model_type')} changes its logits in a way that is not supported")
+
+# %% ../../nbs/engine/03_torch.ipynb #89e1d2e0
+class _Scoring(_Loaded):
+    "score, entropy, hidden_states, generate."
+
+    def _targets(self, batch: Batch, model: nn.Module | None = None) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+        "The batch, checked, as tensors; hidden states (N, D) before its targets; their ids (N,)."
+        used = check_batch(batch, self.max_length, self.vocab)
+        batch = batch.convert(lambda x: torch.tensor(np.asarray(x), device=self.device))
+        positions = None if batch.positions is None else batch.positions[:, :used].long()
+        states = target_states(model or self.model, batch.ids[:, :used], batch.mask[:, :used], positions)
+        return batch, states, batch.ids[batch.mask].long()
+
+    @torch.no_grad()
+    def score(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
+        "Log-probabilities (B, T) float32 in nats, 0 where the mask is False; raises `ModelError` beyond the window."
+        with self._reference() if reference else nullcontext((self.model, self.head)) as (model, head):
+            batch, states, targets = self._targets(batch, model)
+            logps = target_logps(head, states, targets)
+        return scatter(logps, batch.mask).cpu().numpy()
+
+    @torch.no_grad()
+    def entropy(self, batch: Batch) -> np.ndarray:
+        "Entropy (B, T) in nats of the distribution that each target was drawn from, 0 elsewhere."
+        batch, states, _ = self._targets(batch)
+        parts = [torch.special.entr(self.head(h).softmax(-1)).sum(-1)
+                 for h in states.split(max(1, CHUNK_BYTES // (4 * self.vocab)))]
+        return scatter(torch.cat(parts), batch.mask).cpu().numpy()
+
+    @torch.no_grad()
+    def hidden_states(self, batch: Batch, layers: list[int] | None = None) -> np.ndarray:
+        "Residual stream (L+1, B, T, D) float32 before each layer and after the last, or at the chosen `layers`."
+        backbone = self.model.base_model
+        if not hasattr(backbone, "layers"):
+            raise ModelError(f"{self.source}: hidden states of model type {self.config.get('model_type')!r} are not supported")
+        points = chosen_points(layers, len(backbone.layers))
+        check_batch(batch, self.max_length, self.vocab, columns=np.asarray(batch.ids).shape[1])
+        def tensor(x): return None if x is None else torch.tensor(np.asarray(x), device=self.device).long()
+        return residual_stream(backbone, tensor(batch.ids), tensor(batch.positions), points).cpu().numpy()
+
+    def generate(self, prompts: list[list[int]], *, n: int = 1, max_tokens: int = 64, temperature: float = 1.0,
+                 top_p: float = 1.0, seed: int = 0, batch_size: int = 64) -> list[list[Completion]]:
+        """`n` completions for each prompt (token ids); temperature 0 is greedy. The batch size changes no result.
+
+        A completion stops at the model's window. Raises `ModelError` for a prompt that is empty or fills the window."""
+        return complete(self, partial(decode, self.model, self.head), prompts, n=n, max_tokens=max_tokens,
+                        temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size)
+
+# %% ../../nbs/engine/03_torch.ipynb #7a7b7b0e
+class _Learning(_Scoring):
+    "backward, gradients, configure, step."
+
+    def backward(self, batch: Batch, objective: Objective, scale: float = 1.0) -> tuple[float, dict[str, tuple[float, float]]]:
+        "Add the gradient of scale * loss to what is accumulated; returns the unscaled loss and the metrics."
+        with self._dropout():
+            batch, states, targets = self._targets(batch)
+            logps = target_logps(self.head, states, targets)
+        loss, metrics = objective(scatter(logps, batch.mask), batch)
+        (loss * scale).backward()
+        def number(x): return float(x.detach()) if isinstance(x, torch.Tensor) else float(x)
+        return number(loss), {name: (number(total), number(count)) for name, (total, count) in metrics.items()}
+
+    @contextmanager
+    def _dropout(self) -> Iterator[None]:
+        "Dropout of the adapters, seeded by the policy's seed and the number of draws so far."
+        if self.lora is None or not self.lora.dropout:
+            yield
+            return
+        with own_random(self.device):
+            torch.manual_seed(int(np.random.default_rng([self.seed, self._draws]).integers(2**62)))
+            for layer in self._layers.values():
+                layer.lora_dropout.train()
+            try:
+                yield
+                self._draws += 1
+            finally:
+                for layer in self._layers.values():
+                    layer.lora_dropout.eval()
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        "Trainable parameters by name."
+        if self.lora is None:
+            return dict(self.model.named_parameters())
+        return {f"base_model.model.{path}.{name}": p for path, layer in self._layers.items()
+                for name, p in layer_parameters(layer).items()}
+
+    def gradients(self) -> dict[str, np.ndarray]:
+        "The accumulated gradients, float32, by Hugging Face parameter name (adapters: the names in PEFT's file)."
+        return {name: p.grad.float().cpu().numpy().copy() for name, p in self._trainable().items() if p.grad is not None}
+
+    def configure(self, optimizer: AdamW) -> None:
+        "Start a fresh optimiser."
+        self._optimizer = Optimizer(self._trainable(), optimizer)
+
+    def step(self, lr: float, max_norm: float | None = None) -> float:
+        "Clip to a global norm, take one optimiser step, clear the gradients; returns the norm before clipping."
+        if all(p.grad is None for p in self._trainable().values()):
+            raise TrainingError("there are no gradients; call backward() before step()")
+        if self._optimizer is None:
+            self.configure(AdamW())
+        return self._optimizer.step(lr, max_norm)
+
+# %% ../../nbs/engine/03_torch.ipynb #a3093222
+class TorchPolicy(_Learning):
+    "A transformers model, with peft's adapters if wanted, behind the `Policy` protocol."
+
+    def save(self, folder: str | Path, layout: str | None = None) -> Path:
+        "Write the adapter ('peft', the default, or 'mlx') or, without adapters, a whole snapshot; raises `OutputError`."
+        if self.lora is not None:
+            return write_adapter(folder, layout or "peft", self.lora, self._tensors(), self.source)
+        tokenizer = None if self.tokenizer.chat_template == self._template else self.tokenizer
+        with quiet():
+            return write_snapshot(folder, self.folder, self.model.save_pretrained, str(self.model.dtype).removeprefix("torch."),
+                                  tokenizer)
+
+    def _tensors(self) -> Tensors:
+        "The adapters as float32 arrays."
+        def read(layer):
+            a, b, *m = (p.detach().float().cpu().numpy().copy() for p in layer_parameters(layer).values())
+            return a, b, m[0] if m else None
+        return {path: read(layer) for path, layer in self._layers.items()}
+
+    def fuse(self) -> None:
+        "Merge the adapters into the weights; afterwards every weight trains and `save` writes a whole snapshot."
+        if self.lora is None:
+            return
+        self.model = self._wrapper.merge_and_unload().requires_grad_(True)
+        self.lora, self._wrapper, self._layers, self._optimizer = None, None, {}, None
+        self.head = Head(self.model)
+
+    def save_state(self, folder: str | Path) -> None:
+        "Write trainable weights, optimiser and random state, for an exact resume; raises `OutputError`."
+        from safetensors.torch import save_file
+        if self._optimizer is None:
+            self.configure(AdamW())
+        write_state(folder, self, self._optimizer.settings, save_file, *self._optimizer.state(), draws=self._draws)
+
+    def load_state(self, folder: str | Path) -> None:
+        "Read what `save_state` wrote; raises `CheckpointError` when it is missing, damaged, or another run's."
+        from safetensors.torch import load_file
+        shapes = {name: tuple(p.shape) for name, p in self._trainable().items()}
+        notes, settings, weights, moments = read_state(folder, self, load_file, shapes, "draws")
+        self.configure(settings)
+        self._optimizer.restore(weights, moments)
+        self._draws, self.seed = notes["draws"], notes["seed"]
+
     def close(self) -> None:
         "Free what the policy holds."
         self.model = self.head = self._frozen = self._optimizer = self._wrapper = None
-        self._layers, self._masters = {}, {}
+        self._layers = {}
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
