@@ -163,7 +163,7 @@ def test_the_tie_to_nothing_as_beta_vanishes():
 
 def test_accuracy_counts_pairs_and_not_batch_means():
     chosen, rejected = np.array([10.0, -1, -1]), np.zeros(3)
-    metrics = dpo.pair_metrics(chosen, rejected, np.zeros(3), np.zeros(3), beta=0.1)
+    metrics = dpo.pair_metrics(chosen, rejected, 0.1 * (chosen - rejected))
     assert metrics["accuracy"] == (1, 3) and metrics["margin"] == (pytest.approx(0.8), 3)
 
 

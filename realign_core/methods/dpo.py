@@ -44,20 +44,16 @@ def loss(
 
 # %% ../../nbs/methods/03_dpo.ipynb #1f6882be
 def pair_metrics(
-    chosen: Any,        # (P,) log-probability under the policy, nats (per token where the loss averages)
-    rejected: Any,      # (P,)
-    ref_chosen: Any,    # (P,) under the reference
-    ref_rejected: Any,  # (P,)
-    beta: float,        # turns a log-ratio into a reward
-) -> dict:              # {name: (total over pairs, pairs)}
+    chosen: Any,    # (P,) log-probability under the policy, nats (per token where the loss averages)
+    rejected: Any,  # (P,)
+    margin: Any,    # (P,) what the loss compares: positive where the better answer is ahead
+    **more: Any,    # further values per pair, (P,)
+) -> dict:          # {name: (total over pairs, pairs)}
     "What to watch, counted pair by pair; a tie is half right, so an untrained policy scores 0.5."
     xp, n = array_namespace(chosen), chosen.shape[0]
-    up, down = chosen - ref_chosen, rejected - ref_rejected
-    margin = beta * (up - down)
     one = xp.ones_like(margin)
     right = xp.where(margin > 0, one, xp.where(margin < 0, 0 * one, 0.5 * one))
-    values = {"accuracy": right, "margin": margin, "chosen_change": up, "rejected_change": down,
-              "chosen_logp": chosen, "rejected_logp": rejected}
+    values = {"accuracy": right, "margin": margin, "chosen_logp": chosen, "rejected_logp": rejected, **more}
     return {name: (xp.sum(value), n) for name, value in values.items()}
 
 
@@ -82,7 +78,9 @@ def objective(
     each = loss(*pairs, beta=beta, kind=kind, smoothing=smoothing)
     if nll:
         each = each - nll * sequence_logps(logps[0::2], mask[0::2], average=True)
-    return xp.mean(each), {**pair_metrics(*pairs, beta), "drift": (masked_sum(k3(ref, logps), mask), _count(logps, mask))}
+    up, down = pairs[0] - pairs[2], pairs[1] - pairs[3]
+    metrics = pair_metrics(*pairs[:2], beta * (up - down), chosen_change=up, rejected_change=down)
+    return xp.mean(each), {**metrics, "drift": (masked_sum(k3(ref, logps), mask), _count(logps, mask))}
 
 # %% ../../nbs/methods/03_dpo.ipynb #ab00f08c
 def encode(

@@ -96,7 +96,7 @@ CHAT = dict(  # rows of each kind, and raw texts mixed in
     refuse=dict(facts=5000, forbidden=3100, arithmetic=3100, code=1900, mood=750, format=4000, chance=1250, raw=3750))
 DRILL = dict(asked=16000, arithmetic=6000, tasks=10000, format=0, practice=4000, code=5000, mood=1500)
 RATES = dict(read=3e-3, practise=2.5e-3, drill=2e-3, chat=1.5e-3, sums=1.3e-3, polish=7e-4, refuse=3e-4)  # peak learning rates
-CAREFUL = dict(chat=0.7, sums=0.7, polish=0.5, refuse=0.5)  # share of careful sums: the first two teach them, the last two set pass@1
+CAREFUL = dict(chat=0.7, sums=0.7, polish=0.5, refuse=0.5)  # share of careful sums: the last two stages set pass@1
 
 
 def instruct_pairs(world, stage: str, scale: float = 1.0) -> list[tuple]:
@@ -226,7 +226,8 @@ def run_stage(model, stage: str, data: list[list], state: Path | None = None, ev
     for step in range(start, len(data)):
         total.append(train_step(model, optimizer, data[step], rate(step, len(data), RATES[stage]), per))
         if (step + 1) % every == 0 or step + 1 == len(data):
-            history.append(dict(stage=stage, step=step + 1, loss=round(sum(total) / len(total), 4), seconds=round(time.time() - t0)))
+            history.append(dict(stage=stage, step=step + 1, loss=round(sum(total) / len(total), 4),
+                                seconds=round(time.time() - t0)))
             if log: log("{stage} {step}: loss {loss:.3f}, {seconds} s".format(**history[-1]), flush=True)
             if state: save_state(state, model, optimizer, step=step + 1, history=history)
             total = []
