@@ -5,7 +5,7 @@ The three names below are loaded on first use: `import realign_core` itself load
 
 __version__ = "0.1.0"
 
-_HOMES = {"load": "realign_core.engine.policy", "fit": "realign_core.engine.training", "Run": "realign_core.engine.training"}
+_HOMES = {"load": "realign_core.engine.policy", "fit": "realign_core.engine.training", "Run": "realign_core.engine.history"}
 __all__ = ["__version__", *_HOMES]
 
 

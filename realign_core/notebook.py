@@ -5,22 +5,21 @@
 # %% ../nbs/engine/11_runs.ipynb #7bf8d323
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
-import resource
-import tempfile
 import time
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from .engine.checkpoints import open_folder, write_json
+from .engine.history import peak_memory
 from .engine.policy import pick_backend
 from .errors import GateFailed, OutputError
 
 # %% auto #0
-__all__ = ['runs_root', 'run_folder', 'peak_memory', 'Record', 'interval_text', 'Rows', 'write_json', 'finish']
+__all__ = ['runs_root', 'run_folder', 'interval_text', 'Record', 'Rows', 'finish']
 
 # %% ../nbs/engine/11_runs.ipynb #5554709c
 _STARTED = time.monotonic()  # the clock of a run starts when its notebook first imports this module
@@ -41,15 +40,10 @@ def run_folder(
     out: str | Path | None = None,  # the folder itself; None: NAME-BACKEND in `runs_root()`
 ) -> Path:                          # an existing folder that can be written to
     "Make the folder for a run's files; raises `OutputError` when that is not possible."
-    folder = Path(out) if out else runs_root() / f"{name}-{pick_backend(backend)}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # a folder can exist and still refuse new files
-            pass
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot write here ({error.strerror or error}); "
-                          "give another folder with out=… or the variable REALIGN_RUNS") from error
-    return folder.resolve()
+        return open_folder(out or runs_root() / f"{name}-{pick_backend(backend)}").resolve()
+    except OutputError as error:
+        raise OutputError(f"{error}; give another folder with out=… or the variable REALIGN_RUNS") from error
 
 # %% ../nbs/engine/11_runs.ipynb #b18fea17
 def _plain(value: Any) -> Any:
@@ -66,11 +60,19 @@ def _plain(value: Any) -> Any:
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
-# %% ../nbs/engine/11_runs.ipynb #879a4094
-def peak_memory() -> float:
-    "Most memory this process has held, in MiB."
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+# %% ../nbs/engine/11_runs.ipynb #addab2a3
+def interval_text(
+    interval: dict | None,  # with value, low, high, and perhaps n and unit
+    digits: int = 3,        # after the point
+) -> str:                   # empty when there is none
+    "An interval as `0.120 [0.080, 0.160], n = 200`; shares and changes of a share are shown times 100."
+    if not interval:
+        return ""
+    unit = interval.get("unit") or ""
+    scale, digits = (100, 1) if unit in ("%", "points") else (1, digits)
+    value, low, high = (math.nan if interval.get(k) is None else scale * interval[k] for k in ("value", "low", "high"))
+    count = f", n = {interval['n']}" if interval.get("n") else ""
+    return f"{value:.{digits}f}{' ' if unit else ''}{unit} [{low:.{digits}f}, {high:.{digits}f}]{count}"
 
 # %% ../nbs/engine/11_runs.ipynb #d71daedd
 @dataclass
@@ -100,20 +102,6 @@ class Record:
         head = f"**{self.notebook}** on {self.backend}, `{self.model}`, seed {self.seed}"
         return f"{head}\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in self.rows())
 
-
-def interval_text(
-    interval: dict | None,  # with value, low, high, and perhaps n and unit
-    digits: int = 3,        # after the point
-) -> str:                   # empty when there is none
-    "An interval as `0.120 [0.080, 0.160], n = 200`; shares and changes of a share are shown times 100."
-    if not interval:
-        return ""
-    unit = interval.get("unit") or ""
-    scale, digits = (100, 1) if unit in ("%", "points") else (1, digits)
-    value, low, high = (math.nan if interval.get(k) is None else scale * interval[k] for k in ("value", "low", "high"))
-    count = f", n = {interval['n']}" if interval.get("n") else ""
-    return f"{value:.{digits}f}{' ' if unit else ''}{unit} [{low:.{digits}f}, {high:.{digits}f}]{count}"
-
 # %% ../nbs/engine/11_runs.ipynb #257e150f
 class Rows(list):
     "Rows of a table, as dictionaries with the same keys; intervals among the values are shown as such."
@@ -139,16 +127,12 @@ def _default_gates(effect: dict | None, control: dict | None) -> dict[str, bool]
     return gates
 
 
-def write_json(path: str | Path, value: Any) -> Path:
-    "Write `value` as JSON, whole or not at all; raises `OutputError`."
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    return path
+def _close_gate(record: Record) -> None:
+    "Raise `GateFailed`, with the figures, when a gate does not hold in a full run."
+    if record.passed is False:
+        failed = ", ".join(gate for gate, ok in record.gates.items() if not ok)
+        found = "; ".join(f"{k} {interval_text(v)}" for k, v in (("effect", record.effect), ("control", record.control)) if v)
+        raise GateFailed(f"{record.notebook}: {failed}: does not hold" + (f" ({found})" if found else ""))
 
 # %% ../nbs/engine/11_runs.ipynb #a3f5d89b
 def finish(
@@ -172,12 +156,9 @@ def finish(
     effect, control = _plain(effect), _plain(control)
     gates = {k: bool(v) for k, v in (_default_gates(effect, control) if gates is None else gates).items()}
     record = Record(notebook=name, backend=pick_backend(backend) if backend else "none", model=str(model), seed=seed,
-                    budget=budget, seconds=time.monotonic() - _STARTED, peak_mib=peak_memory(), effect=effect,
-                    control=control, gates=gates, passed=all(gates.values()) if budget == "full" else None,
-                    figures=_plain(figures), folder=str(folder))
-    write_json(folder / "metrics.json", asdict(record) | {"platform": f"{platform.system()} {platform.machine()}"})
-    failed = [gate for gate, ok in gates.items() if not ok]
-    if record.passed is False:
-        found = "; ".join(f"{k} {interval_text(v)}" for k, v in (("effect", effect), ("control", control)) if v)
-        raise GateFailed(f"{name}: {', '.join(failed)}: does not hold" + (f" ({found})" if found else ""))
+                    budget=budget, seconds=time.monotonic() - _STARTED,
+                    peak_mib=1024 * peak_memory().get("peak_memory_gib", 0.0), effect=effect, control=control, gates=gates,
+                    passed=all(gates.values()) if budget == "full" else None, figures=_plain(figures), folder=str(folder))
+    write_json(folder / "metrics.json", _plain(record) | {"platform": f"{platform.system()} {platform.machine()}"})
+    _close_gate(record)
     return record

@@ -9,8 +9,9 @@ import html
 import json
 from pathlib import Path
 
+from .engine.checkpoints import write_json
 from .errors import DataError, OutputError
-from .notebook import interval_text, write_json
+from .notebook import interval_text
 
 # %% auto #0
 __all__ = ['COLUMNS', 'collect', 'table_rows', 'markdown_table', 'html_page', 'write_report']

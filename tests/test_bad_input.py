@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from toys import VOCAB, Chatty, examples, method
 
+from realign_core.engine.checkpoints import checkpoint_problem, newest_checkpoint
+from realign_core.engine.history import Run
 from realign_core.engine.policy import find_snapshot, load
-from realign_core.engine.training import BigramPolicy, Run, checkpoint_problem, fit, newest_checkpoint
+from realign_core.engine.training import BigramPolicy, fit
 from realign_core.errors import BackendError, DataError, ModelError, OutputError, ReAlignError
 from realign_core.methods import dpo, sft
 from snapshots import make_snapshot

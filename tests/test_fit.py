@@ -15,9 +15,10 @@ from toys import VOCAB, Chatty, examples, method, objective
 
 from realign_core.engine.batching import collate, micro_batches
 from realign_core.engine.encoding import Encoder, encode_rows
+from realign_core.engine.history import Run
 from realign_core.engine.policy import LoRA, load
 from realign_core.engine.tracking import Progress, tracker
-from realign_core.engine.training import BigramPolicy, Run, accumulate, evaluate, fit, learning_rate
+from realign_core.engine.training import BigramPolicy, accumulate, evaluate, fit, learning_rate
 from realign_core.errors import BackendError, CheckpointError, DataError, TrainingError
 from realign_core.methods import dpo, sft
 from snapshots import make_snapshot

@@ -17,6 +17,7 @@ import yaml
 from conftest import ROOT
 
 from realign_core import cli, notebook, report
+from realign_core.engine.checkpoints import write_json
 from realign_core.errors import DataError, GateFailed, OutputError, ReAlignError
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(s.startswith((".", "_")) for s in p.parts))
@@ -324,7 +325,7 @@ def test_report_names_a_broken_record(tmp_path):
 
 def test_output_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot write here"):
+    with pytest.raises(OutputError, match="cannot write to"):
         notebook.run_folder("dpo", out=tmp_path / "file" / "dpo")
 
 
@@ -350,7 +351,7 @@ def test_a_full_disk_leaves_no_half_written_record(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OutputError, match="No space left"):
-        notebook.write_json(tmp_path / "metrics.json", {"new": 2})
+        write_json(tmp_path / "metrics.json", {"new": 2})
     assert (tmp_path / "metrics.json").read_bytes() == b'{"old": 1}'
 
 

@@ -15,15 +15,10 @@ import numpy as np
 import pytest
 from toys import VOCAB, examples, method
 
+from realign_core.engine.checkpoints import checkpoint_problem, newest_checkpoint, save_checkpoint
+from realign_core.engine.history import Run
 from realign_core.engine.policy import LoRA, load
-from realign_core.engine.training import (
-    BigramPolicy,
-    Run,
-    checkpoint_problem,
-    fit,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from realign_core.engine.training import BigramPolicy, fit
 from realign_core.errors import CheckpointError
 from realign_core.methods import dpo, sft
 

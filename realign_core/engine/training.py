@@ -5,21 +5,15 @@
 # %% ../../nbs/engine/09_fit.ipynb #b880b6ad
 from __future__ import annotations
 
-import base64
 import hashlib
-import html
-import io
 import itertools
 import json
 import math
-import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
-import warnings
 import weakref
 import zlib
 from collections.abc import Iterable
@@ -31,55 +25,73 @@ from typing import Any
 import numpy as np
 
 from .batching import Order, collate, micro_batches, pack
+from .checkpoints import check_length, newest_checkpoint, open_folder, replacing
+from .checkpoints import save_checkpoint, write_json, writing
 from .encoding import Encoder, Example, Report, encode_rows
+from .history import Log, Run, peak_memory
+from .logprobs import finite_difference, log_softmax
 from .policy import AdamW, Batch
 from .tracking import Progress, tracker
-from ..errors import CheckpointError, DataError, OutputError, TrainingError
+from ..errors import CheckpointError, DataError, TrainingError
 
 # %% auto #0
-__all__ = ['UNITS', 'BigramPolicy', 'accumulate', 'learning_rate', 'evaluate', 'save_checkpoint', 'checkpoint_problem',
-           'newest_checkpoint', 'Settings', 'fingerprint', 'read_log', 'with_reference', 'Run', 'peak_memory', 'fit']
+__all__ = ['Bigram', 'BigramPolicy', 'accumulate', 'learning_rate', 'evaluate', 'Settings', 'fingerprint', 'with_reference',
+           'fit']
 
 # %% ../../nbs/engine/09_fit.ipynb #4dd609a8
-class BigramPolicy:
-    "p(token | previous token) from one (V, V) table of logits, in NumPy float64: the smallest thing `fit` can train."
+class Bigram:
+    "p(token | previous token) from one (V, V) table of logits, in NumPy float64."
     backend, source, tokenizer, lora, max_length = "numpy", "bigram", None, None, 4096
 
     def __init__(self, vocab: int, seed: int = 0):
         self.config = {"vocab_size": vocab}
         self.table = np.random.default_rng(seed).normal(scale=0.1, size=(vocab, vocab))
-        self.reference, self.gradient = self.table, np.zeros_like(self.table)
-        self.configure(AdamW())
+        self.reference = self.table
 
     def score(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
         "Log-probabilities (B, T) of the targets, 0 elsewhere."
         logps = np.zeros(batch.ids.shape)
-        logps[:, 1:] = _log_softmax(self.reference if reference else self.table)[batch.ids[:, :-1], batch.ids[:, 1:]]
+        logps[:, 1:] = log_softmax(self.reference if reference else self.table)[batch.ids[:, :-1], batch.ids[:, 1:]]
         return np.where(batch.mask, logps, 0.0)
 
     def freeze_reference(self) -> None:
         "Keep the present table as the reference."
         self.reference = self.table.copy()
 
+# %% ../../nbs/engine/09_fit.ipynb #62d17941
+def _table_gradient(table: np.ndarray, logps: np.ndarray, batch: Batch, objective) -> np.ndarray:
+    "The loss's gradient (V, V) with respect to the table."
+    def loss_at(targets):
+        moved = logps.copy()
+        moved[batch.mask] = targets
+        return float(objective(moved, batch)[0])
+    slopes = finite_difference(loss_at, logps[batch.mask])
+    rows, columns = np.nonzero(batch.mask)
+    before, now = batch.ids[rows, columns - 1], batch.ids[rows, columns]
+    gradient = np.zeros_like(table)
+    np.subtract.at(gradient, before, slopes[:, None] * np.exp(log_softmax(table))[before])
+    np.add.at(gradient, (before, now), slopes)
+    return gradient
+
+# %% ../../nbs/engine/09_fit.ipynb #03df6db7
+class BigramPolicy(Bigram):
+    "The smallest policy that `fit` can train: a bigram table, AdamW, and a state that can be saved."
+
+    def __init__(self, vocab: int, seed: int = 0):
+        super().__init__(vocab, seed)
+        self.gradient = np.zeros_like(self.table)
+        self.configure(AdamW())
+
     def configure(self, optimizer: AdamW) -> None:
         "Start a fresh optimiser."
-        self.optimizer, self.m, self.v, self.t = optimizer, np.zeros_like(self.table), np.zeros_like(self.table), 0
+        self.optimizer = optimizer
+        self.state = {"m": np.zeros_like(self.table), "v": np.zeros_like(self.table), "t": np.array([0])}
 
     def backward(self, batch: Batch, objective, scale: float = 1.0):
-        "Add the gradient of scale * loss; the objective is differentiated by central differences, one target at a time."
+        "Add the gradient of scale * loss; returns loss and metrics."
         logps = self.score(batch)
         loss, metrics = objective(logps, batch)
-        probabilities = np.exp(_log_softmax(self.table))
-        for b, t in zip(*np.nonzero(batch.mask), strict=True):
-            ends = []
-            for step in (1e-6, -2e-6):
-                logps[b, t] += step
-                ends.append(float(objective(logps, batch)[0]))
-            logps[b, t] += 1e-6
-            slope = scale * (ends[0] - ends[1]) / 2e-6
-            before, now = batch.ids[b, t - 1], batch.ids[b, t]
-            self.gradient[before] -= slope * probabilities[before]
-            self.gradient[before, now] += slope
+        self.gradient += scale * _table_gradient(self.table, logps, batch, objective)
         return float(loss), {name: (float(total), float(count)) for name, (total, count) in metrics.items()}
 
     def gradients(self) -> dict[str, np.ndarray]:
@@ -89,32 +101,53 @@ class BigramPolicy:
     def step(self, lr: float, max_norm: float | None = None) -> float:
         "One AdamW step; returns the gradient's norm before clipping."
         norm = float(np.linalg.norm(self.gradient))
-        g = self.gradient * (min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0)
-        o, self.t = self.optimizer, self.t + 1
-        self.m, self.v = o.betas[0] * self.m + (1 - o.betas[0]) * g, o.betas[1] * self.v + (1 - o.betas[1]) * g * g
-        m, v = self.m / (1 - o.betas[0] ** self.t), self.v / (1 - o.betas[1] ** self.t)
-        self.table = self.table * (1 - lr * o.weight_decay) - lr * m / (np.sqrt(v) + o.eps)
+        clipped = self.gradient * (min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0)
+        self.table = _adamw(self.table, clipped, self.state, self.optimizer, lr)
         self.gradient = np.zeros_like(self.table)
         return norm
 
     def save_state(self, folder) -> None:
         "Write table and optimiser as safetensors."
         from safetensors.numpy import save_file
-        arrays = {"table": self.table, "m": self.m, "v": self.v, "t": np.array(self.t)}
+        arrays = {"table": self.table, **self.state}
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, Path(folder) / "state.safetensors")
 
     def load_state(self, folder) -> None:
         "Read what `save_state` wrote."
         from safetensors.numpy import load_file
-        state = load_file(Path(folder) / "state.safetensors")
-        self.table, self.m, self.v, self.t = state["table"], state["m"], state["v"], int(state["t"].item())
+        self.state = load_file(Path(folder) / "state.safetensors")
+        self.table = self.state.pop("table")
 
-
-def _log_softmax(z: np.ndarray) -> np.ndarray:
-    z = z - z.max(-1, keepdims=True)
-    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+# %% ../../nbs/engine/09_fit.ipynb #31023ff1
+def _adamw(table: np.ndarray, gradient: np.ndarray, state: dict, settings: AdamW, lr: float) -> np.ndarray:
+    "The table after one step of AdamW (Loshchilov & Hutter 2019); the moments in `state` move along."
+    first, second = settings.betas
+    t = int(state["t"][0]) + 1
+    state["t"] = np.array([t])
+    state["m"] = first * state["m"] + (1 - first) * gradient
+    state["v"] = second * state["v"] + (1 - second) * gradient * gradient
+    m, v = state["m"] / (1 - first**t), state["v"] / (1 - second**t)
+    return table * (1 - lr * settings.weight_decay) - lr * m / (np.sqrt(v) + settings.eps)
 
 # %% ../../nbs/engine/09_fit.ipynb #9fe0ede8
+def _add(sums: dict, metrics: dict) -> None:
+    "Add (total, count) pairs, so that means are taken over items and never over means."
+    for name, (total, count) in metrics.items():
+        before = sums.get(name, (0.0, 0.0))
+        sums[name] = (before[0] + float(total), before[1] + float(count))
+
+
+def _means(sums: dict) -> dict[str, float]:
+    return {name: total / count for name, (total, count) in sums.items() if count}
+
+# %% ../../nbs/engine/09_fit.ipynb #653e60e9
+class _NotFinite(Exception):
+    "A figure that is NaN or infinite, with the batch that made it."
+    def __init__(self, name: str, value: float, batch: Batch):
+        super().__init__(name, value, batch)
+        self.name, self.value, self.batch = name, value, batch
+
+# %% ../../nbs/engine/09_fit.ipynb #77d8c8e5
 def accumulate(
     policy,                # receives the gradient
     method,                # gives objective and weight
@@ -130,24 +163,6 @@ def accumulate(
         loss += part * weight / whole
         _add(sums, metrics)
     return loss, _means(sums)
-
-
-class _NotFinite(Exception):
-    "A figure that is NaN or infinite, with the batch that made it."
-    def __init__(self, name: str, value: float, batch: Batch):
-        super().__init__(name, value, batch)
-        self.name, self.value, self.batch = name, value, batch
-
-
-def _add(sums: dict, metrics: dict) -> None:
-    "Add (total, count) pairs, so that means are taken over items and never over means."
-    for name, (total, count) in metrics.items():
-        before = sums.get(name, (0.0, 0.0))
-        sums[name] = (before[0] + float(total), before[1] + float(count))
-
-
-def _means(sums: dict) -> dict[str, float]:
-    return {name: total / count for name, (total, count) in sums.items() if count}
 
 # %% ../../nbs/engine/09_fit.ipynb #3feb0681
 def learning_rate(
@@ -178,117 +193,6 @@ def evaluate(
         loss, whole = loss + float(part) * weight, whole + weight
         _add(sums, metrics)
     return {"loss": loss / whole, **_means(sums)} if whole else {}
-
-# %% ../../nbs/engine/09_fit.ipynb #3ad6c600
-@contextmanager
-def _writing(folder: Path):
-    "Turn what goes wrong while writing into an `OutputError` that says where."
-    try:
-        yield
-    except OutputError:
-        raise
-    except Exception as error:  # safetensors and MLX have their own classes for a full disk
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or "write" in str(error).lower():
-            reason = getattr(error, "strerror", None) or str(error)
-            raise OutputError(f"cannot write to {folder}: {reason}") from error
-        raise
-
-
-def _sync(path: Path) -> None:
-    "Wait until a file, or the names in a folder, are on the disk."
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    "Write JSON beside `path`, then rename: readers see the old file or the new one."
-    beside = path.with_name(f".{path.name}.tmp")
-    with _writing(path.parent):
-        try:
-            beside.write_text(json.dumps(value, indent=1, default=str))
-            _sync(beside)
-            os.replace(beside, path)
-        except OSError:
-            beside.unlink(missing_ok=True)
-            raise
-
-# %% ../../nbs/engine/09_fit.ipynb #5c825631
-def _digest(path: Path) -> str:
-    "SHA-256 of a file; a safetensors file that is shorter than its header says raises `OutputError`."
-    if path.suffix == ".safetensors":
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if size < path.stat().st_size else {}
-        wanted = 8 + size + max((t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"), default=0)
-        if path.stat().st_size != wanted:
-            raise OutputError(f"{path}: {path.stat().st_size} bytes of {wanted} were written")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def save_checkpoint(
-    folder: str | Path,  # of the run; the checkpoint goes into folder/checkpoints/step-00000012
-    policy,              # whose state is saved
-    step: int,           # steps done
-    position: dict,      # whatever else an exact resume needs
-    keep: int = 2,       # older ones are removed
-) -> Path:
-    "Write a checkpoint that is either complete or not there; raises `OutputError`, leaving earlier ones alone."
-    home = Path(folder) / "checkpoints"
-    final, draft = home / f"step-{step:08d}", home / f".step-{step:08d}.tmp"
-    with _writing(home):
-        try:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-            policy.save_state(draft)
-            (draft / "position.json").write_text(json.dumps({"step": step, **position}))
-            files = sorted(p for p in draft.rglob("*") if p.is_file())
-            manifest = {str(p.relative_to(draft)): {"sha256": _digest(p), "bytes": p.stat().st_size} for p in files}
-            (draft / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            for path in [*files, draft / "manifest.json", draft]:
-                _sync(path)
-            shutil.rmtree(final, ignore_errors=True)
-            draft.rename(final)
-            _sync(home)
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
-    for old in sorted(home.glob("step-*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
-
-# %% ../../nbs/engine/09_fit.ipynb #6e5407a6
-def checkpoint_problem(
-    folder: str | Path,  # a checkpoint
-) -> str | None:         # what is wrong, None when it is whole
-    "Compare a checkpoint with its manifest."
-    folder = Path(folder)
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        for name, wanted in manifest.items():
-            if (size := (folder / name).stat().st_size) != wanted["bytes"]:
-                return f"{name} has {size} bytes of {wanted['bytes']}"
-            with (folder / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != wanted["sha256"]:
-                    return f"{name} was changed after it was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def newest_checkpoint(
-    folder: str | Path,  # of a run
-) -> Path | None:        # None when the run has none that is whole
-    "The newest whole checkpoint; warns about damaged ones."
-    for checkpoint in sorted((Path(folder) / "checkpoints").glob("step-*"), reverse=True):
-        problem = checkpoint_problem(checkpoint)
-        if problem is None:
-            return checkpoint
-        warnings.warn(f"{checkpoint}: damaged checkpoint, looking for the one before ({problem})", stacklevel=2)
-    return None
 
 # %% ../../nbs/engine/09_fit.ipynb #0db75bb0
 @dataclass(frozen=True)
@@ -323,7 +227,7 @@ class Settings:
 def _brief(value: Any) -> str:
     return repr(value)[:40]
 
-
+# %% ../../nbs/engine/09_fit.ipynb #b54af20d
 def fingerprint(
     examples: list[Example],
 ) -> str:                     # 16 hexadecimal digits
@@ -340,12 +244,12 @@ def _save_offender(folder: Path | None, step: int, batch: Batch, examples: list[
     "Write the batch that broke a step, and where its rows came from."
     from safetensors.numpy import save_file
     place = Path(folder or tempfile.mkdtemp(prefix="realign-")) / f"failed-step-{step:08d}"
-    with _writing(place):
+    with writing(place):
         place.mkdir(parents=True, exist_ok=True)
         arrays = {"ids": batch.ids, "mask": batch.mask, **batch.extras}
         save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, place / "batch.safetensors")
         rows = [{"source": e.source, "row": e.row, "tokens": [len(s) for s in e.sequences]} for e in examples]
-        _write_json(place / "rows.json", rows)
+        write_json(place / "rows.json", rows)
     return place
 
 # %% ../../nbs/engine/09_fit.ipynb #2edd44f7
@@ -367,60 +271,53 @@ class _Interrupt:
         if self.held:
             signal.signal(signal.SIGINT, self.before if self.before is not None else signal.default_int_handler)
 
-# %% ../../nbs/engine/09_fit.ipynb #fd6a45de
-class _Log:
-    "The history of a run, in memory and, with a folder, as log.jsonl."
-
-    def __init__(self, folder: Path | None, keep: int = 0):
-        self.path = folder / "log.jsonl" if folder else None
-        self.history = read_log(folder)[:keep] if folder and keep else []
-        if self.path:
-            with _writing(folder):
-                self.file = self.path.open("r+b" if self.path.exists() else "w+b")
-                for _ in self.history:
-                    self.file.readline()
-                self.file.truncate(self.file.tell())
-                self.file.seek(0, os.SEEK_END)
-
-    def add(self, record: dict) -> None:
-        "Append one record."
-        self.history.append(record)
-        if self.path:
-            start = self.file.tell()
-            with _writing(self.path.parent):
-                try:
-                    self.file.write((json.dumps(record) + "\n").encode())
-                    self.file.flush()
-                except OSError:
-                    os.truncate(self.path, start)
-                    raise
-
-    def close(self) -> None:
-        "Let go of the file."
-        if self.path:
-            self.file.close()
-
-    def sync(self) -> None:
-        "Put everything so far on the disk."
-        if self.path:
-            with _writing(self.path.parent):
-                self.file.flush()
-                os.fsync(self.file.fileno())
-
-
-def read_log(
-    folder: str | Path,  # of a run
-) -> list[dict]:
-    "The records of a run's log.jsonl; a last line that is cut short is left out."
-    path, records = Path(folder) / "log.jsonl", []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
-
 # %% ../../nbs/engine/09_fit.ipynb #5da58c56
+def _score_reference(policy, examples, parts, pad_id, progress) -> np.ndarray:
+    "Reference log-probabilities of all targets, end to end in the order of `parts`."
+    found, done, bar = [], 0, Progress(sum(map(len, parts)), "reference", progress)
+    for part in parts:
+        batch = collate([examples[i] for i in part], pad_id)
+        found.append(np.asarray(policy.score(batch, reference=True), dtype=np.float32)[batch.mask])
+        done += len(part)
+        bar.update(done)
+    bar.close(done)
+    flat = np.concatenate(found)
+    if not np.isfinite(flat).all():
+        raise TrainingError("the reference gives log-probabilities that are not finite")
+    return flat
+
+# %% ../../nbs/engine/09_fit.ipynb #f77023e7
+def _read_arrays(path: Path | None) -> dict[str, np.ndarray]:
+    "Arrays of a safetensors file; none when it is missing or cut short."
+    from safetensors.numpy import load_file
+    try:
+        if path and path.is_file():
+            check_length(path)
+            return load_file(path)
+    except (OSError, ValueError):
+        pass
+    return {}
+
+
+def _write_arrays(path: Path | None, arrays: dict[str, np.ndarray]) -> None:
+    "Write a safetensors file, whole or not at all."
+    from safetensors.numpy import save_file
+    if path:
+        with replacing(path) as draft:
+            save_file(arrays, draft)
+
+# %% ../../nbs/engine/09_fit.ipynb #86460fb0
+def _with_logps(example: Example, flat: np.ndarray) -> Example:
+    "The example with the reference's log-probabilities of its targets, 0 elsewhere."
+    arrays, start = [], 0
+    for s in example.sequences:
+        array = np.zeros(len(s), dtype=np.float32)
+        array[s.mask] = flat[start: start + s.targets]
+        start += s.targets
+        arrays.append(array)
+    return replace(example, extras={**example.extras, "ref_logps": tuple(arrays)})
+
+# %% ../../nbs/engine/09_fit.ipynb #aae870eb
 def with_reference(
     policy,                    # whose reference scores
     examples: list[Example],
@@ -440,170 +337,10 @@ def with_reference(
         _write_arrays(path, {**kept, name: flat})
     out, start = list(examples), 0
     for i in visited:
-        arrays = []
-        for s in examples[i].sequences:
-            array = np.zeros(len(s), dtype=np.float32)
-            array[s.mask] = flat[start: start + s.targets]
-            start += s.targets
-            arrays.append(array)
-        out[i] = replace(examples[i], extras={**examples[i].extras, "ref_logps": tuple(arrays)})
+        end = start + sum(s.targets for s in examples[i].sequences)
+        out[i] = _with_logps(examples[i], flat[start:end])
+        start = end
     return out
-
-# %% ../../nbs/engine/09_fit.ipynb #f77023e7
-def _score_reference(policy, examples, parts, pad_id, progress) -> np.ndarray:
-    "Reference log-probabilities of all targets, end to end in the order of `parts`."
-    found, done, bar = [], 0, Progress(sum(map(len, parts)), "reference", progress)
-    for part in parts:
-        batch = collate([examples[i] for i in part], pad_id)
-        found.append(np.asarray(policy.score(batch, reference=True), dtype=np.float32)[batch.mask])
-        done += len(part)
-        bar.update(done)
-    bar.close(done)
-    flat = np.concatenate(found)
-    if not np.isfinite(flat).all():
-        raise TrainingError("the reference gives log-probabilities that are not finite")
-    return flat
-
-
-def _read_arrays(path: Path | None) -> dict[str, np.ndarray]:
-    "Arrays of a safetensors file; none when it is missing or cut short, for then they are computed again."
-    from safetensors.numpy import load_file
-    try:
-        return load_file(path) if path and path.is_file() and _digest(path) else {}
-    except (OSError, ValueError):
-        return {}
-
-
-def _write_arrays(path: Path | None, arrays: dict[str, np.ndarray]) -> None:
-    "Write beside `path`, then rename."
-    from safetensors.numpy import save_file
-    if path:
-        with _writing(path.parent):
-            draft = path.with_name(f".{path.name}.tmp")
-            try:
-                save_file(arrays, draft)
-                os.replace(draft, path)
-            finally:
-                draft.unlink(missing_ok=True)
-
-# %% ../../nbs/engine/09_fit.ipynb #86460fb0
-UNITS = {"loss": "loss (nats)", "nll": "NLL (nats per token)", "lr": "learning rate", "grad_norm": "gradient norm",
-         "accuracy": "share of pairs", "margin": "margin (nats)", "chosen_change": "chosen, change (nats)",
-         "rejected_change": "rejected, change (nats)", "chosen_logp": "chosen (nats)", "rejected_logp": "rejected (nats)",
-         "drift": "drift, k3 (nats per token)", "kl": "KL (nats per token)", "seconds": "time (s)", "tokens": "tokens seen"}
-
-
-def _curve(axis, steps: list[int], values: list[float], held_out: bool) -> None:
-    "One curve; a long training curve is drawn thin, with its running mean on top."
-    if held_out:
-        axis.plot(steps, values, "o-", color="#c0392b", markersize=3, label="held out")
-        return
-    window = len(values) // 20 | 1  # odd, so that the mean stands over its middle
-    if window < 3 or np.ptp(np.diff(values)) < 0.25 * np.ptp(values):
-        axis.plot(steps, values, color="#2c6fbb", label="training")
-        return
-    axis.plot(steps, values, color="#2c6fbb", linewidth=1, alpha=0.35)
-    smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-    axis.plot(steps[window // 2: -(window // 2)], smooth, color="#2c6fbb", label=f"training, mean of {window}")
-
-
-def _figure(run: Run, names: tuple[str, ...]):
-    "One panel per metric; a metric and its held-out twin share one."
-    import matplotlib.pyplot as plt
-    panels = list(dict.fromkeys(n.removeprefix("eval_") for n in names))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 2.8), layout="constrained", squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
-        for name in (n for n in names if n.removeprefix("eval_") == panel):
-            _curve(axis, *run.series(name), held_out=name.startswith("eval_"))
-        axis.set(xlabel="step", ylabel=UNITS.get(panel, panel.replace("_", " ")))
-        axis.legend(frameon=False)
-    plt.close(figure)
-    return figure
-
-
-def _figures(summary: dict, watch: tuple[str, ...]) -> list[tuple[str, str]]:
-    "The rows of a run's table: name and figure, held-out metrics only where the method watches them."
-    shown = {f"eval_{w}_{end}" for w in ("loss", *watch) for end in ("start", "end")}
-    def text(v): return f"{v:,.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)
-    return [(k.replace("eval_", "held-out ").replace("_", " "), text(v)) for k, v in summary.items()
-            if v is not None and (not k.startswith("eval_") or k in shown)]
-
-# %% ../../nbs/engine/09_fit.ipynb #aae870eb
-@dataclass
-class Run:
-    "A training run: what it trained, its history, its figures."
-    policy: Any                                # None when loaded from a folder
-    history: list[dict]                        # one record per step
-    summary: dict                              # figures of the whole run
-    folder: Path | None = None                 # where log, checkpoints and settings lie
-    settings: dict = field(default_factory=dict)
-    watch: tuple[str, ...] = ("loss",)         # metrics that tell most
-    report: Report | None = None               # what became of the rows
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Run:
-        "History, summary and settings of an earlier run; raises `CheckpointError` when there is none."
-        folder = Path(folder)
-        if not (folder / "run.json").is_file():
-            raise CheckpointError(f"{folder}: no run here (run.json is missing)")
-        kept = json.loads((folder / "run.json").read_text())
-        return cls(None, read_log(folder), kept.get("summary", {}), folder, kept["settings"], tuple(kept["watch"]))
-
-    def load_policy(self):
-        "The policy as the newest checkpoint left it, for one that was trained straight from its source."
-        from realign_core.engine.policy import LoRA, load
-        checkpoint = newest_checkpoint(self.folder) if self.folder else None
-        if checkpoint is None:
-            raise CheckpointError(f"{self.folder}: no whole checkpoint")
-        lora = self.settings["lora"]
-        lora = LoRA(**{**lora, "targets": tuple(lora["targets"])}) if lora else None
-        policy = load(self.settings["source"], self.settings["backend"], lora=lora)
-        policy.configure(AdamW(weight_decay=self.settings["weight_decay"]))
-        policy.load_state(checkpoint)
-        return policy
-
-    def series(self, name: str) -> tuple[list[int], list[float]]:
-        "Steps and values at which `name` was recorded."
-        points = [(r["step"], r[name]) for r in self.history if name in r]
-        return [p[0] for p in points], [p[1] for p in points]
-
-    def plot(self, *names: str):
-        "Curves over steps as a matplotlib figure; without names, what the method watches."
-        usual = tuple(n for w in self.watch for n in (w, f"eval_{w}") if self.series(n)[0])
-        return _figure(self, names or usual or ("loss",))
-
-    def _repr_markdown_(self) -> str:
-        return "| run | |\n|---|---:|\n" + "\n".join(f"| {k} | {v} |" for k, v in _figures(self.summary, self.watch))
-
-    def _repr_html_(self) -> str:
-        rows = _figures(self.summary, self.watch)
-        table = "".join(f"<tr><td>{k}</td><td style='text-align:right'>{html.escape(v)}</td></tr>" for k, v in rows)
-        if len(self.history) < 2:
-            return f"<table>{table}</table>"
-        image = io.BytesIO()
-        self.plot().savefig(image, format="png", dpi=72)
-        picture = base64.b64encode(image.getvalue()).decode()
-        return f'<table>{table}</table><img alt="curves of the run" src="data:image/png;base64,{picture}">'
-
-    def __repr__(self) -> str:
-        return f"Run({', '.join(f'{k}={v}' for k, v in _figures(self.summary, self.watch))})"
-
-# %% ../../nbs/engine/09_fit.ipynb #74a91ebb
-def peak_memory() -> dict[str, float]:  # GiB
-    "Peak memory of this process, and of the accelerator where there is one."
-    peaks = {}
-    try:
-        import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peaks["peak_memory_gib"] = peak / (2**30 if sys.platform == "darwin" else 2**20)
-    except ImportError:  # Windows has no such module
-        pass
-    torch, mlx = sys.modules.get("torch"), sys.modules.get("mlx.core")
-    if torch is not None and torch.cuda.is_available():
-        peaks["peak_accelerator_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    elif mlx is not None and mlx.metal.is_available():
-        peaks["peak_accelerator_gib"] = mlx.get_peak_memory() / 2**30
-    return peaks
 
 # %% ../../nbs/engine/09_fit.ipynb #eb52362c
 def _rows(data: Any, format: str, wanted: int | None) -> list:
@@ -617,14 +354,14 @@ def _rows(data: Any, format: str, wanted: int | None) -> list:
     from realign_core.data.formats import read
     return read(data, format=format)
 
-
+# %% ../../nbs/engine/09_fit.ipynb #9b85fb9e
 def _split(rows: list, held_out: float, seed: int) -> tuple[list, list]:
     "Training and held-out rows: a share (at most 256 rows), or a number when 1 or more."
     n = min(int(held_out), len(rows) - 1) if held_out >= 1 else min(int(held_out * len(rows)), 256)
     chosen = set(np.random.default_rng([seed, zlib.crc32(b"held-out")]).permutation(len(rows))[:n].tolist())
     return [r for i, r in enumerate(rows) if i not in chosen], [r for i, r in enumerate(rows) if i in chosen]
 
-
+# %% ../../nbs/engine/09_fit.ipynb #595a8ec7
 def _encode(rows: list, method, encoder: Encoder | None, label: str, progress: bool) -> list[Example]:
     "Examples of typed rows; raises `DataError` when none is left."
     if not rows or isinstance(rows[0], Example):
@@ -637,7 +374,7 @@ def _encode(rows: list, method, encoder: Encoder | None, label: str, progress: b
         raise DataError("no row is left to train on", file=getattr(rows[0], "source", None), found=reasons or None)
     return examples
 
-# %% ../../nbs/engine/09_fit.ipynb #9b85fb9e
+# %% ../../nbs/engine/09_fit.ipynb #b287779b
 def _resolve(method, given: dict, schedule: str) -> dict:
     "The call's settings, completed by the method's defaults."
     if unknown := set(method.defaults) - set(given):
@@ -655,11 +392,7 @@ def _resolve(method, given: dict, schedule: str) -> dict:
         raise TrainingError(f"unknown schedule {schedule!r}; wanted 'cosine', 'linear' or 'constant'")
     return settings
 
-
-def _as_dict(value: Any) -> dict | None:
-    return asdict(value) if is_dataclass(value) else None
-
-
+# %% ../../nbs/engine/09_fit.ipynb #9de87020
 def _prepare(policy, method, data, eval_data, held_out, s, truncation, seed, progress):
     "Training examples, held-out examples and the report, from whatever `fit` was given."
     encoder = None
@@ -674,62 +407,14 @@ def _prepare(policy, method, data, eval_data, held_out, s, truncation, seed, pro
     held = _encode(held, method, encoder, "encoding", progress)
     return train, held, encoder.report if encoder else None
 
-
-def _references(policy, train, held, order, settings: Settings, folder, begun, pad_id, progress):
-    "Training and held-out examples with the reference's log-probabilities."
-    if not begun:
-        policy.freeze_reference()
-    path, size = folder / "reference.safetensors" if folder else None, settings.micro_batch or settings.batch_size
-    steps = range(min(settings.steps, order.per_epoch))
-    first = [part for step in steps for part in micro_batches(order[step], settings.micro_batch)]
-    return (with_reference(policy, train, first, path, pad_id, progress),
-            with_reference(policy, held, _by_length(held, size), path, pad_id, progress))
-
-
-def _by_length(examples: list[Example], size: int) -> list[list[int]]:
-    "Indices of evaluation batches: all examples, from short to long."
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    return [order[i: i + size] for i in range(0, len(order), size)]
-
-
-def _summary(settings: Settings, history: list[dict], state: dict, examples: int, held: int, report: Report | None) -> dict:
-    "The figures of a whole run."
-    trained = [r for r in history if "loss" in r]
-    tail = trained[-max(1, len(trained) // 10):]
-    evaluated = [r for r in history if "eval_loss" in r]
-    figures = {"method": settings.method, "model": settings.source, "backend": settings.backend, "steps": len(trained),
-               "batch_size": settings.batch_size, "lr": settings.lr, "examples": examples, "held_out": held}
-    if report is not None and report.counts["dropped"]:
-        figures["rows_dropped"] = report.counts["dropped"]
-    figures |= {"loss_start": trained[0]["loss"], "loss_end": float(np.mean([r["loss"] for r in tail]))} if trained else {}
-    for name in [k for k in (evaluated[-1] if evaluated else {}) if k.startswith("eval_")]:
-        figures |= {f"{name}_start": evaluated[0].get(name), f"{name}_end": evaluated[-1][name]}
-    seconds = state["seconds"]
-    return {**figures, "tokens": state["tokens"], "seconds": round(seconds, 3),
-            "tokens_per_second": round(state["tokens"] / seconds, 1) if seconds else None, **peak_memory()}
-
-# %% ../../nbs/engine/09_fit.ipynb #b287779b
-_begun: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # policy -> folders in which this process trained it
-
-
-def _open_folder(out: str | Path | None) -> Path | None:
-    "The run's folder, created and tried out; `OutputError` when it cannot be written to."
-    if out is None:
-        return None
-    folder = Path(out).expanduser()
-    with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, probe = tempfile.mkstemp(prefix=".probe-", dir=folder)
-        os.close(handle)
-        os.unlink(probe)
-    return folder
-
-
+# %% ../../nbs/engine/09_fit.ipynb #e3f0c3b9
 def _clear(folder: Path, resume: bool) -> None:
     "Remove drafts that a kill left behind and, unless the run goes on, everything of an earlier one."
-    with _writing(folder):
+    with writing(folder):
         for draft in [*folder.glob("checkpoints/.step-*.tmp"), *([] if resume else [folder / "checkpoints"])]:
             shutil.rmtree(draft, ignore_errors=True)
+        for draft in [*folder.glob(".run.json.*.tmp"), *folder.glob(".reference.safetensors.*.tmp")]:
+            draft.unlink(missing_ok=True)
         for name in () if resume else ("run.json", "log.jsonl", "reference.safetensors"):
             (folder / name).unlink(missing_ok=True)
 
@@ -743,6 +428,9 @@ def _nothing_left(folder: Path | None):
         if folder is not None and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
         raise
+
+# %% ../../nbs/engine/09_fit.ipynb #95792c96
+_begun: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # policy -> folders in which this process trained it
 
 
 def _resume_point(folder: Path | None, begun: bool, settings: Settings, start_value: float) -> tuple[Path | None, dict]:
@@ -764,41 +452,32 @@ def _resume_point(folder: Path | None, begun: bool, settings: Settings, start_va
         return None, fresh
     return checkpoint, json.loads((checkpoint / "position.json").read_text())
 
-# %% ../../nbs/engine/09_fit.ipynb #9de87020
-class _Loop:
-    "One run, ready to go on from its newest checkpoint."
+# %% ../../nbs/engine/09_fit.ipynb #a5d2b5e9
+@dataclass
+class _Job:
+    "What all steps of a run share."
+    policy: Any
+    method: Any
+    settings: Settings
+    order: Order                  # which examples make up the batch of each step
+    train: list[Example]
+    held_out: list[Example]
+    folder: Path | None
+    progress: bool
+    state: dict = field(default_factory=dict)
+    log: Log | None = None
+    room: int = 0                 # tokens of the longest example, the length of a packed row
+    eval_batches: list[Batch] = field(default_factory=list)
 
-    def __init__(self, policy, method, settings: Settings, train, held_out, order, folder: Path | None, progress: bool):
-        self.policy, self.method, self.s, self.order = policy, method, settings, order
-        self.folder, self.progress = folder, progress
-        self.pad_id = getattr(policy.tokenizer, "pad_token_id", None) or 0
-        first = collate([train[i] for i in micro_batches(order[0], settings.micro_batch)[0]], self.pad_id)
-        start_value = float(policy.score(first).sum() / max(1, first.targets))
-        begun = folder is not None and str(folder.resolve()) in _begun.get(policy, ())
-        checkpoint, self.state = _resume_point(folder, begun, settings, start_value)
-        if checkpoint is None:
-            self.note()
-        if method.reference:
-            train, held_out = _references(policy, train, held_out, order, settings, folder, begun, self.pad_id, progress)
-        self.train, self.room = train, max(len(e) for e in train)
-        parts = _by_length(held_out, settings.micro_batch or settings.batch_size)
-        self.eval_batches = [collate([held_out[i] for i in part], self.pad_id) for part in parts]
-        policy.configure(AdamW(weight_decay=settings.weight_decay))
-        if checkpoint is not None:
-            policy.load_state(checkpoint)
-        if folder:
-            _begun.setdefault(policy, set()).add(str(folder.resolve()))
-        self.log = _Log(folder, keep=self.state["history"])
+    @property
+    def pad_id(self) -> int:
+        return getattr(self.policy.tokenizer, "pad_token_id", None) or 0
 
     def note(self, **more) -> None:
         "Write run.json: settings, and at the end the summary."
         if self.folder:
-            about = {"settings": asdict(self.s), "watch": self.method.watch, "start": self.state["start"]}
-            _write_json(self.folder / "run.json", {**about, **more})
-
-    def evaluate(self) -> dict[str, float]:
-        "Held-out metrics, named eval_…"
-        return {f"eval_{k}": v for k, v in evaluate(self.policy, self.method, self.eval_batches).items()}
+            about = {"settings": asdict(self.settings), "watch": self.method.watch, "start": self.state["start"]}
+            write_json(self.folder / "run.json", {**about, **more})
 
     def save(self, step: int) -> None:
         "A checkpoint, when there is a folder."
@@ -807,51 +486,120 @@ class _Loop:
             self.state.update(step=step, history=len(self.log.history))
             save_checkpoint(self.folder, self.policy, step, self.state)
 
-    def step(self, step: int) -> dict[str, float]:
-        "One optimiser step; returns its record."
-        chosen = [[self.train[i] for i in part] for part in micro_batches(self.order[step], self.s.micro_batch)]
-        batches = [pack(c, self.room, self.pad_id) if self.s.packing else collate(c, self.pad_id) for c in chosen]
-        rate = learning_rate(step, self.s.steps, self.s.lr, self.s.warmup, self.s.schedule)
-        try:
-            loss, metrics = accumulate(self.policy, self.method, batches)
-            norm = self.policy.step(rate, self.s.max_norm)
-            if not math.isfinite(norm):
-                raise _NotFinite("gradient norm", norm, batches[-1])
-        except _NotFinite as bad:
-            place = _save_offender(self.folder, step + 1, bad.batch, [e for c in chosen for e in c])
-            raise TrainingError(f"step {step + 1}: the {bad.name} is {bad.value}; the batch is in {place}") from None
-        self.state["tokens"] += int(sum(len(s) for c in chosen for e in c for s in e.sequences))
-        return {"step": step + 1, "epoch": (step + 1) / self.order.per_epoch, "loss": loss, **metrics, "lr": rate,
-                "grad_norm": norm, "tokens": self.state["tokens"]}
+# %% ../../nbs/engine/09_fit.ipynb #d159321a
+def _by_length(examples: list[Example], size: int) -> list[list[int]]:
+    "Indices of evaluation batches: all examples, from short to long."
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    return [order[i: i + size] for i in range(0, len(order), size)]
 
-    def run(self, eval_every: int, save_every: int, record) -> None:
-        "All remaining steps; raises KeyboardInterrupt after a checkpoint when asked to stop."
-        start = self.state["step"]
-        bar = Progress(self.s.steps, self.method.name, self.progress, start)
-        before, began = self.state["seconds"], time.monotonic()
-        if self.eval_batches and not start:
-            self.log.add({"step": 0, **self.evaluate()})
-            record(self.log.history[-1])
-        with _Interrupt() as interrupt:
-            for step in range(start, self.s.steps):
-                entry = self.step(step)
-                done, last = step + 1, step + 1 == self.s.steps
-                if self.eval_batches and (done % eval_every == 0 or last):
-                    entry.update(self.evaluate())
-                self.state["seconds"] = before + time.monotonic() - began
-                entry["seconds"] = round(self.state["seconds"], 4)
-                self.log.add(entry)
-                record(entry)
-                bar.update(done, " ".join(f"{k} {entry[k]:.4g}" for k in self.method.watch[:3] if k in entry), force=last)
-                if done % save_every == 0 or last or interrupt.asked:
-                    self.save(done)
-                if interrupt.asked and not last:
-                    bar.close()
-                    where = f"; the same call goes on from {self.folder}" if self.folder else ""
-                    raise KeyboardInterrupt(f"stopped after step {done} of {self.s.steps}{where}")
-        bar.close()
 
-# %% ../../nbs/engine/09_fit.ipynb #e3f0c3b9
+def _add_reference(job: _Job, begun: bool) -> None:
+    "Give training and held-out examples the reference's log-probabilities."
+    if not begun:
+        job.policy.freeze_reference()
+    s, path = job.settings, job.folder / "reference.safetensors" if job.folder else None
+    steps = range(min(s.steps, job.order.per_epoch))
+    first = [part for step in steps for part in micro_batches(job.order[step], s.micro_batch)]
+    later = _by_length(job.held_out, s.micro_batch or s.batch_size)
+    job.train = with_reference(job.policy, job.train, first, path, job.pad_id, job.progress)
+    job.held_out = with_reference(job.policy, job.held_out, later, path, job.pad_id, job.progress)
+
+# %% ../../nbs/engine/09_fit.ipynb #f8bb9bbc
+def _begin(job: _Job) -> None:
+    "Make a job ready for its next step; raises `CheckpointError` when its folder holds another run."
+    policy, s, folder = job.policy, job.settings, job.folder
+    first = collate([job.train[i] for i in micro_batches(job.order[0], s.micro_batch)[0]], job.pad_id)
+    start_value = float(policy.score(first).sum() / max(1, first.targets))
+    begun = folder is not None and str(folder.resolve()) in _begun.get(policy, ())
+    checkpoint, job.state = _resume_point(folder, begun, s, start_value)
+    if checkpoint is None:
+        job.note()
+    if job.method.reference:
+        _add_reference(job, begun)
+    job.room, parts = max(len(e) for e in job.train), _by_length(job.held_out, s.micro_batch or s.batch_size)
+    job.eval_batches = [collate([job.held_out[i] for i in part], job.pad_id) for part in parts]
+    policy.configure(AdamW(weight_decay=s.weight_decay))
+    if checkpoint is not None:
+        policy.load_state(checkpoint)
+    if folder:
+        _begun.setdefault(policy, set()).add(str(folder.resolve()))
+    job.log = Log(folder, keep=job.state["history"])
+
+# %% ../../nbs/engine/09_fit.ipynb #7842263d
+def _step(job: _Job, step: int) -> dict[str, float]:
+    "One optimiser step; returns its record, and raises `TrainingError` for a figure that is no number."
+    s = job.settings
+    chosen = [[job.train[i] for i in part] for part in micro_batches(job.order[step], s.micro_batch)]
+    batches = [pack(c, job.room, job.pad_id) if s.packing else collate(c, job.pad_id) for c in chosen]
+    rate = learning_rate(step, s.steps, s.lr, s.warmup, s.schedule)
+    try:
+        loss, metrics = accumulate(job.policy, job.method, batches)
+        norm = job.policy.step(rate, s.max_norm)
+        if not math.isfinite(norm):
+            raise _NotFinite("gradient norm", norm, batches[-1])
+    except _NotFinite as bad:
+        place = _save_offender(job.folder, step + 1, bad.batch, [e for c in chosen for e in c])
+        raise TrainingError(f"step {step + 1}: the {bad.name} is {bad.value}; the batch is in {place}") from None
+    job.state["tokens"] += int(sum(len(x) for c in chosen for e in c for x in e.sequences))
+    return {"step": step + 1, "epoch": (step + 1) / job.order.per_epoch, "loss": loss, **metrics, "lr": rate,
+            "grad_norm": norm, "tokens": job.state["tokens"]}
+
+# %% ../../nbs/engine/09_fit.ipynb #1af98df3
+def _run(job: _Job, eval_every: int, save_every: int, record) -> None:
+    "All remaining steps; raises KeyboardInterrupt after a checkpoint when asked to stop."
+    start, total, watch = job.state["step"], job.settings.steps, job.method.watch[:3]
+    bar = Progress(total, job.method.name, job.progress, start)
+    before, began = job.state["seconds"], time.monotonic()
+
+    def note(entry):
+        job.log.add(entry)
+        record(entry)
+    if job.eval_batches and not start:
+        note({"step": 0, **_evaluated(job)})
+    with _Interrupt() as interrupt:
+        for step in range(start, total):
+            entry, done, last = _step(job, step), step + 1, step + 1 == total
+            if job.eval_batches and (done % eval_every == 0 or last):
+                entry.update(_evaluated(job))
+            job.state["seconds"] = before + time.monotonic() - began
+            note({**entry, "seconds": round(job.state["seconds"], 4)})
+            bar.update(done, " ".join(f"{k} {entry[k]:.4g}" for k in watch if k in entry), force=last)
+            if done % save_every == 0 or last or interrupt.asked:
+                job.save(done)
+            if interrupt.asked and not last:
+                bar.close()
+                _stop(job, done)
+    bar.close()
+
+
+def _evaluated(job: _Job) -> dict[str, float]:
+    "Held-out metrics, named eval_…"
+    return {f"eval_{k}": v for k, v in evaluate(job.policy, job.method, job.eval_batches).items()}
+
+
+def _stop(job: _Job, done: int) -> None:
+    "Let the interrupt go its way, in words."
+    where = f"; the same call goes on from {job.folder}" if job.folder else ""
+    raise KeyboardInterrupt(f"stopped after step {done} of {job.settings.steps}{where}")
+
+# %% ../../nbs/engine/09_fit.ipynb #a3375993
+def _summary(settings: Settings, history: list[dict], state: dict, examples: int, held: int, report: Report | None) -> dict:
+    "The figures of a whole run."
+    trained = [r for r in history if "loss" in r]
+    tail = trained[-max(1, len(trained) // 10):]
+    evaluated = [r for r in history if "eval_loss" in r]
+    figures = {"method": settings.method, "model": settings.source, "backend": settings.backend, "steps": len(trained),
+               "batch_size": settings.batch_size, "lr": settings.lr, "examples": examples, "held_out": held}
+    if report is not None and report.counts["dropped"]:
+        figures["rows_dropped"] = report.counts["dropped"]
+    figures |= {"loss_start": trained[0]["loss"], "loss_end": float(np.mean([r["loss"] for r in tail]))} if trained else {}
+    for name in [k for k in (evaluated[-1] if evaluated else {}) if k.startswith("eval_")]:
+        figures |= {f"{name}_start": evaluated[0].get(name), f"{name}_end": evaluated[-1][name]}
+    seconds = state["seconds"]
+    return {**figures, "tokens": state["tokens"], "seconds": round(seconds, 3),
+            "tokens_per_second": round(state["tokens"] / seconds, 1) if seconds else None, **peak_memory()}
+
+# %% ../../nbs/engine/09_fit.ipynb #638df7ba
 def fit(
     policy,                            # what is trained, in place
     method,                            # a `Method`: format, encoding, objective, defaults
@@ -882,23 +630,25 @@ def fit(
     "Train `policy` by `method`; raises `DataError`, `TrainingError`, `CheckpointError` or `OutputError`."
     s = _resolve(method, dict(steps=steps, epochs=epochs, batch_size=batch_size, micro_batch=micro_batch, lr=lr,
                               max_length=max_length), schedule)
-    folder = _open_folder(out)
+    folder = open_folder(out) if out is not None else None
     with _nothing_left(folder):
         train, held, report = _prepare(policy, method, data, eval_data, held_out, s, truncation, seed, progress)
     if folder:
         _clear(folder, resume)
     order = Order([len(e) for e in train], s["batch_size"], seed)
     total = s["steps"] or max(1, math.ceil((s["epochs"] or 1) * order.per_epoch))
-    settings = Settings(method.name, dict(method.params), policy.backend, str(policy.source), _as_dict(policy.lora), total,
+    lora = asdict(policy.lora) if is_dataclass(policy.lora) else None
+    settings = Settings(method.name, dict(method.params), policy.backend, str(policy.source), lora, total,
                         s["batch_size"], s["micro_batch"], s["lr"], warmup, schedule, weight_decay, max_norm, s["max_length"],
                         truncation, packing, seed, fingerprint(train), fingerprint(held))
-    loop = _Loop(policy, method, settings, train, held, order, folder, progress)
+    job = _Job(policy, method, settings, order, train, held, folder, progress)
+    _begin(job)
     record, finish = tracker(track, method.name, folder, asdict(settings))
     try:
-        loop.run(eval_every or max(1, total // 10), save_every or math.ceil(total / 5), record)
+        _run(job, eval_every or max(1, total // 10), save_every or math.ceil(total / 5), record)
     finally:
         finish()
-        loop.log.close()
-    summary = _summary(settings, loop.log.history, loop.state, len(train), len(held), report)
-    loop.note(summary=summary)
-    return Run(policy, loop.log.history, summary, folder, asdict(settings), tuple(method.watch), report)
+        job.log.close()
+    summary = _summary(settings, job.log.history, job.state, len(train), len(held), report)
+    job.note(summary=summary)
+    return Run(policy, job.log.history, summary, folder, asdict(settings), tuple(method.watch), report)
