@@ -23,7 +23,7 @@ from .notebook import interval_text, run_folder, runs_root
 # %% auto #0
 __all__ = ['ROOMS', 'notebooks_folder', 'Notebook', 'read_notebook', 'list_notebooks', 'find_notebook', 'read_value',
            'check_parameters', 'Outcome', 'run_notebook', 'summary', 'text_table', 'list_command', 'run_command',
-           'report_command', 'parser', 'main']
+           'report_command', 'check_command', 'convert_command', 'curate_command', 'parser', 'main']
 
 # %% ../nbs/engine/12_command_line.ipynb #005a8a09
 ROOMS = ("start", "engine", "data", "rewards", "methods", "evaluate", "workflows", "hardware")  # the curriculum's order
@@ -289,11 +289,61 @@ def report_command(args: argparse.Namespace) -> int:
         print(f"  {_short_path(path)}")
     return 0
 
+# %% ../nbs/engine/12_command_line.ipynb #9b0c12e9
+def check_command(args: argparse.Namespace) -> int:
+    "Print what is wrong with a file of rows, and its figures; 1 when there are errors."
+    from realign_core.data.checking import check, headline, tables
+    report = check(args.file, args.format, args.first, dict(args.column))
+    print(headline(report))
+    for heading, rows in tables(report):
+        print(f"\n{heading}\n" if heading else "")
+        print(text_table(rows))
+    return 0 if report.ok else 1
+
+
+def convert_command(args: argparse.Namespace) -> int:
+    "Write a file of rows in another format or container."
+    from realign_core.data.converting import convert
+    source = Path(args.file)
+    out = args.out or source.with_name(f"{source.name.split('.')[0]}-{args.to}.jsonl")
+    done = convert(source, args.to, out, args.format, dict(args.column))
+    print(f"{done.rows_in:,} rows read, {done.rows_out:,} written to {_short_path(done.path)}")
+    return 0
+
+
+def _data_commands(commands) -> None:
+    "The grammar of `check` and `convert`."
+    for name, call, said in (("check", check_command, "find all that is wrong with a file of rows, and measure it"),
+                             ("convert", convert_command, "write a file of rows in another format, losing nothing")):
+        command = commands.add_parser(name, help=said)
+        command.add_argument("file", help="JSON lines or array, .gz, .zst, Parquet, or a folder that save_to_disk wrote")
+        command.add_argument("--format", help="what the rows are, or 'mixed' (default: what their fields say)")
+        command.add_argument("--column", nargs=2, action="append", default=[], metavar=("OURS", "THEIRS"),
+                             help="a column that has another name in the file; may be given several times")
+        command.set_defaults(call=call)
+        if name == "check":
+            command.add_argument("--first", type=int, default=20, metavar="N", help="errors to show; all are counted")
+        else:
+            command.add_argument("--to", required=True, metavar="FORMAT", help="the new format, such as messages")
+            command.add_argument("--out", metavar="FILE",
+                                 help=".jsonl, .jsonl.gz, .jsonl.zst or .parquet (default: FILE-FORMAT.jsonl)")
+
+# %% ../nbs/engine/12_command_line.ipynb #3b7615d9
+def curate_command(args: argparse.Namespace) -> int:
+    "Run a pipeline, or go on with it, and print what went where."
+    from realign_core.data.curation import curate
+    made = curate(args.pipeline, args.out, fresh=args.fresh, progress=not args.quiet)
+    print(text_table([{"stage": m["stage"], "in": m["in"], "out": m["out"],
+                       "dropped": "; ".join(f"{n} {why}" for why, n in m["dropped"].items())} for m in made.stages]))
+    card = _short_path(made.folder / "CARD.md")
+    print(f"\n  {len(made.train)} rows to train on, {len(made.held)} held out; the card is {card}")
+    return 0
+
 # %% ../nbs/engine/12_command_line.ipynb #622b03e9
 def parser() -> argparse.ArgumentParser:
     "The command line's grammar."
     top = argparse.ArgumentParser(prog="realign", description="LLM post-training you can read, run and trust.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="list | run | report")
+    commands = top.add_subparsers(dest="command", required=True, metavar="list | run | report | check | convert | curate")
 
     listing = commands.add_parser("list", help="the methods and the notebooks")
     listing.add_argument("--folder", help="where the notebooks are (default: this checkout's)")
@@ -317,6 +367,15 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--out", help="folder for report.md and report.html (default: the runs' folder)")
     report.add_argument("--keep", metavar="PATH", help="also write PATH.json and PATH.md, without machine paths")
     report.set_defaults(call=report_command)
+
+    _data_commands(commands)
+
+    curate = commands.add_parser("curate", help="make training data by a pipeline file; a killed run goes on where it was")
+    curate.add_argument("pipeline", help="a .yaml or .py file")
+    curate.add_argument("--out", help="folder for the results (default: the pipeline's)")
+    curate.add_argument("--fresh", action="store_true", help="run every stage again")
+    curate.add_argument("--quiet", action="store_true", help="do not say which stage is running")
+    curate.set_defaults(call=curate_command)
     return top
 
 

@@ -18,6 +18,14 @@ ROWS = {
     "messages": {"messages": [USER, GOOD]},
     "prompt_completion": {"prompt": "2 + 2?", "completion": "4"},
     "preference": {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
+    "unpaired": {"prompt": "2 + 2?", "completion": "4", "label": True},
+    "stepwise": {"prompt": "2 + 2?", "completions": ["Two and two", "are 5."], "labels": [True, False]},
+    "prompts": {"prompt": "2 + 2?", "ground_truth": "4"},
+    "groups": {"prompt": "2 + 2?", "responses": [{"text": "4", "score": 1.0}, {"text": "5", "score": 0.0}]},
+    "verifiable": {"problem": "2 + 2?", "solution": "4", "responses": [{"text": "4", "correct": True}],
+                   "verify": {"name": "number", "tolerance": 0.5}},
+    "contrast": {"harmful": "How to pick a lock?", "harmless": "How to pick a lemon?"},
+    "cold_start": {"problem": "2 + 2?", "reasoning": "Two and two.", "answer": "4"},
 }
 
 
