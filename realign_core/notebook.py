@@ -112,6 +112,8 @@ class Rows(list):
             if isinstance(plain, dict) and {"value", "low", "high"} <= set(plain):
                 return interval_text({**plain, "n": None})
             return "" if plain is None else f"{plain:.3g}" if isinstance(plain, float) else str(plain)
+        if not self:
+            return "no rows"
         lines = [list(self[0]), ["---"] * len(self[0]), *[[text(row.get(k)) for k in self[0]] for row in self]]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
