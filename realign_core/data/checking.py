@@ -463,11 +463,13 @@ def plot_lengths(
     import matplotlib.pyplot as plt
     name = format or max(report.formats, key=lambda n: report.formats[n].rows)
     sizes = {what: tally for what, tally in report.formats[name].sizes.items() if tally.n}
+    texts = {what for what, tally in sizes.items() if not any(isinstance(v, float) and v < 4096 for v in tally.bins)}
+    longest = max((sizes[what].quantile(0.99) for what in texts), default=0) * 1.1  # one scale for all texts
     figure, axes = plt.subplots(1, len(sizes), figsize=(2.6 * len(sizes), 2.2), squeeze=False, layout="constrained")
     for axis, (what, tally) in zip(axes[0], sizes.items(), strict=True):
-        axis.hist(list(tally.bins), weights=list(tally.bins.values()), bins=24, color="#4477aa")
+        span = (0, max(longest, 1)) if what in texts else None
+        axis.hist(list(tally.bins), weights=list(tally.bins.values()), bins=25, range=span, color="#4477aa")
         axis.axvline(tally.quantile(0.5), color="#cc6677", lw=1)
-        scale = "" if any(isinstance(v, float) and v < 4096 for v in tally.bins) else ", characters"
-        axis.set(xlabel=what + scale, ylabel="rows" if axis is axes[0][0] else "", yticks=[])
+        axis.set(xlabel=f"{what}, characters" if what in texts else what, ylabel="rows" if axis is axes[0][0] else "", yticks=[])
     plt.close(figure)
     return figure
