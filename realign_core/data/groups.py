@@ -91,7 +91,7 @@ class _Scored:
     "Turns a reply into a group; its name goes into the journal, so that a file is not continued under another score."
 
     def __init__(self, score: Callable):
-        name = score.fingerprint() if hasattr(score, "fingerprint") else getattr(score, "__qualname__", type(score).__name__)
+        name = score.fingerprint if hasattr(score, "fingerprint") else getattr(score, "__qualname__", type(score).__name__)
         self.score, self.__qualname__ = scorer(score), f"groups by {name}"
 
     def __call__(self, request: Request, reply: Reply) -> list[dict]:
