@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import threading
 from collections import Counter
@@ -21,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from .generator import Generator, Request
-from ..errors import DataError, OutputError, ReAlignError
+from ..engine.checkpoints import replacing
+from ..errors import DataError, ReAlignError
 from ..evaluate.metrics import Interval, proportion
 
 # %% auto #0
@@ -426,13 +426,8 @@ def write_rubric(
              "by": "function" if c.function else "judge"} for c in rubric.criteria]
     path, text = Path(path), yaml.safe_dump({"name": rubric.name, "threshold": float(rubric.threshold), "criteria": rows},
                                             sort_keys=False, allow_unicode=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
     return path
 
 # %% ../../nbs/data/12_rubric.ipynb #26ca5b6d
