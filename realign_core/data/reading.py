@@ -246,7 +246,7 @@ class Container:
     "Where rows come from, and how to get at them."
     kind: str                 # what it was taken for
     path: str | None          # the file, if there is one
-    open: Any                 # () -> numbered records
+    open: Any = field(repr=False)  # () -> numbered records
     again: bool = True        # can be read more than once
 
 

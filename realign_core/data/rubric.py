@@ -280,6 +280,9 @@ class Rubric:
         text = json.dumps([parts, self.threshold, self.judge.name if self.judge else None])
         return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
+    def __repr__(self) -> str:
+        return f"Rubric({self.name}: {', '.join(c.name for c in self.criteria)}; passed at {self.threshold:.2f})"
+
     def _repr_markdown_(self) -> str:
         lines = [f"**{self.name}**, passed at {self.threshold:.2f}", "", "| criterion | question | weight | decided by |",
                  "|---|---|---:|---|"]
