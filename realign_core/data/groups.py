@@ -133,7 +133,7 @@ def advantages(
     scores: Sequence[float],  # (n,) of one group
     eps: float = 1e-4,        # keeps a group without spread from dividing by zero
 ) -> np.ndarray:              # (n,)
-    "Group-relative advantages (arXiv 2402.03300, §4.1.2)."
+    "Group-relative advantages (arXiv 2402.03300, §4.1.2; `eps` and n − 1 as in TRL)."
     scores = np.asarray(scores, dtype=np.float64)
     if len(scores) < 2:
         return np.zeros_like(scores)

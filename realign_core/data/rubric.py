@@ -332,7 +332,7 @@ def kappa(
     labels: Sequence[Any],    # (N,) what people said
     verdicts: Sequence[Any],  # (N,) what the judge said
 ) -> Interval | None:         # None where both have said the same one thing throughout
-    "Agreement beyond chance (Cohen 1960, eq. 1), its interval from Wilson's of the agreement; raises `DataError` on no rows."
+    "Agreement beyond chance (Cohen 1960), its interval from Wilson's of the agreement; raises `DataError` on no rows."
     if len(labels) != len(verdicts) or not len(labels):
         raise DataError("labels and verdicts do not match", found=(len(labels), len(verdicts)), wanted="as many, at least 1")
     n, said, heard = len(labels), Counter(labels), Counter(verdicts)
