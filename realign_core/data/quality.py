@@ -522,7 +522,7 @@ def checklist(
     held: Sequence[Any] | None = None,    # the rows set aside
     reward: Callable | None = None,       # (row, answer) -> number, for online methods
 ) -> Report:
-    "Seed 001's checklist before training: six checks, each with its figure; raises `DataError` for rows that are none."
+    "The checklist before training: six checks, each with its figure; raises `DataError` for rows that are none."
     rows = list(rows)
     plain = [_plain(row) for row in rows]
     if not rows:
