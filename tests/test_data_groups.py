@@ -8,6 +8,7 @@ import pytest
 
 from realign_core.data import groups as g
 from realign_core.data.generator import Reply
+from realign_core.data.rubric import Criterion, Rubric
 from realign_core.errors import DataError, OutputError
 
 
@@ -26,6 +27,17 @@ def test_groups_keep_fields_order_and_scores():
     made = g.groups(ROWS, Counting(), lambda row, answer: float(answer) + row["value"], n=3)
     assert [r["prompt"] for r in made] == [f"p{i}" for i in range(5)] and all(r["licence"] == "mine" for r in made)
     assert [x["score"] for x in made[4]["responses"]] == [4, 5, 6]
+
+
+def test_a_rubric_scores_groups_and_a_file_is_not_continued_under_another_one(tmp_path):
+    def rubric(weight):
+        return Rubric([Criterion("odd", "Is it odd?", weight, function=lambda row, answer: int(answer) % 2 == 1),
+                       Criterion("small", "Is it below 3?", function=lambda row, answer: int(answer) < 3)])
+    made = g.groups(ROWS, Counting(), rubric(1.0), n=4, out=tmp_path / "g.jsonl")
+    assert [x["score"] for x in made[0]["responses"]] == [0.5, 1.0, 0.5, 0.5]
+    assert g.groups(ROWS, Counting(), rubric(1.0), n=4, out=tmp_path / "g.jsonl") == made
+    with pytest.raises(OutputError):
+        g.groups(ROWS, Counting(), rubric(3.0), n=4, out=tmp_path / "g.jsonl")
 
 
 def test_an_answer_without_a_score_is_counted_not_lost():

@@ -395,6 +395,11 @@ def test_files_that_cannot_be_read_or_written(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bytes.yaml", "taken.yaml"]
 
 
+def test_a_rubric_names_itself_without_an_address():
+    mine = Rubric([Criterion("c", "?"), Criterion("d", "?")], threshold=0.9, name="mine")
+    assert repr(mine) == "Rubric(mine: c, d; passed at 0.90)"
+
+
 def test_fingerprint_sees_what_changes_a_score():
     base = Rubric([Criterion("c", "?")])
     others = [

@@ -452,7 +452,7 @@ def _markdown(report: Report) -> str:
     return "\n".join(lines)
 
 
-Report._repr_markdown_ = _markdown
+Report._repr_markdown_, Report.__repr__ = _markdown, headline
 
 # %% ../../nbs/data/02_checking.ipynb #f1900371
 def plot_lengths(

@@ -363,7 +363,7 @@ def write(items: list[Item], context: Context, *, name: str = "", origin: bool =
 def checklist(items: list[Item], context: Context, *, method: str = "sft", model: str | None = None, score: Any = None,
               labelled: str | None = None, production: str | None = None, taxonomy: str | None = None, label: Any = None,
               reward: Any = None, require: bool = False) -> Outcome:
-    "Seed 001's six checks on the split rows; with `require` a failure stops the pipeline."
+    "The checklist's six checks on the split rows; with `require` a failure stops the pipeline."
     from realign_core.data.formats import as_record
     from realign_core.data.formats import read as read_rows
     from realign_core.data.quality import checklist as check

@@ -91,7 +91,7 @@ class _Scored:
     "Turns a reply into a group; its name goes into the journal, so that a file is not continued under another score."
 
     def __init__(self, score: Callable):
-        name = score.fingerprint() if hasattr(score, "fingerprint") else getattr(score, "__qualname__", type(score).__name__)
+        name = score.fingerprint if hasattr(score, "fingerprint") else getattr(score, "__qualname__", type(score).__name__)
         self.score, self.__qualname__ = scorer(score), f"groups by {name}"
 
     def __call__(self, request: Request, reply: Reply) -> list[dict]:
@@ -133,7 +133,7 @@ def advantages(
     scores: Sequence[float],  # (n,) of one group
     eps: float = 1e-4,        # keeps a group without spread from dividing by zero
 ) -> np.ndarray:              # (n,)
-    "Group-relative advantages (arXiv 2402.03300, §4.1.2)."
+    "Group-relative advantages (arXiv 2402.03300, §4.1.2; `eps` and n − 1 as in TRL)."
     scores = np.asarray(scores, dtype=np.float64)
     if len(scores) < 2:
         return np.zeros_like(scores)

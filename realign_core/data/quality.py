@@ -317,10 +317,10 @@ def calculate_ifd_score(
     policy: Any,                           # the `Policy` that is to be trained
     prompts: Sequence[str | list[dict]],
     answers: Sequence[str],
-    kind: str = "perplexity",              # or "loss", the ratio of mean losses as in the authors' code
+    kind: str = "perplexity",              # or "loss", the ratio of mean losses, as IFD was first defined
     batch_size: int = 64,                  # sequences scored at once
 ) -> IFD:
-    "IFD (arXiv 2308.12032, eq. 4) under a model; raises `DataError` for an empty answer or one that does not fit."
+    "IFD under a model (arXiv 2402.00530, eq. 2); raises `DataError` for an empty answer or one that does not fit."
     if kind not in ("perplexity", "loss") or len(prompts) != len(answers) or not len(prompts):
         raise DataError("nothing to measure", found=(kind, len(prompts), len(answers)),
                         wanted="'perplexity' or 'loss', and as many answers as prompts, at least one")
@@ -522,7 +522,7 @@ def checklist(
     held: Sequence[Any] | None = None,    # the rows set aside
     reward: Callable | None = None,       # (row, answer) -> number, for online methods
 ) -> Report:
-    "Seed 001's checklist before training: six checks, each with its figure; raises `DataError` for rows that are none."
+    "The checklist before training: six checks, each with its figure; raises `DataError` for rows that are none."
     rows = list(rows)
     plain = [_plain(row) for row in rows]
     if not rows:

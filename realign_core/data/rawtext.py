@@ -82,7 +82,7 @@ class Mixed(list):
 def mix(
     main: Iterable[dict | str],       # the documents to learn
     general: Iterable[dict | str],    # to draw from: text like that the model was first trained on
-    share: float = 0.15,              # of the tokens, that are to be general; 0.1 to 0.2 is usual
+    share: float = 0.15,              # of the tokens, that are to be general
     *,
     count: Callable[[str], int],      # tokens of a text
     deduplicate: Callable[[list[dict]], Sequence[dict]] | None = exact_duplicates,  # None: leave repeats in

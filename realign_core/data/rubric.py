@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import threading
 from collections import Counter
@@ -21,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from .generator import Generator, Request
-from ..errors import DataError, OutputError, ReAlignError
+from ..engine.checkpoints import replacing
+from ..errors import DataError, ReAlignError
 from ..evaluate.metrics import Interval, proportion
 
 # %% auto #0
@@ -280,6 +280,9 @@ class Rubric:
         text = json.dumps([parts, self.threshold, self.judge.name if self.judge else None])
         return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
+    def __repr__(self) -> str:
+        return f"Rubric({self.name}: {', '.join(c.name for c in self.criteria)}; passed at {self.threshold:.2f})"
+
     def _repr_markdown_(self) -> str:
         lines = [f"**{self.name}**, passed at {self.threshold:.2f}", "", "| criterion | question | weight | decided by |",
                  "|---|---|---:|---|"]
@@ -329,7 +332,7 @@ def kappa(
     labels: Sequence[Any],    # (N,) what people said
     verdicts: Sequence[Any],  # (N,) what the judge said
 ) -> Interval | None:         # None where both have said the same one thing throughout
-    "Agreement beyond chance (Cohen 1960, eq. 1), its interval from Wilson's of the agreement; raises `DataError` on no rows."
+    "Agreement beyond chance (Cohen 1960), its interval from Wilson's of the agreement; raises `DataError` on no rows."
     if len(labels) != len(verdicts) or not len(labels):
         raise DataError("labels and verdicts do not match", found=(len(labels), len(verdicts)), wanted="as many, at least 1")
     n, said, heard = len(labels), Counter(labels), Counter(verdicts)
@@ -426,13 +429,8 @@ def write_rubric(
              "by": "function" if c.function else "judge"} for c in rubric.criteria]
     path, text = Path(path), yaml.safe_dump({"name": rubric.name, "threshold": float(rubric.threshold), "criteria": rows},
                                             sort_keys=False, allow_unicode=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
     return path
 
 # %% ../../nbs/data/12_rubric.ipynb #26ca5b6d

@@ -60,7 +60,7 @@ def difficulty(
 
 
 def ifd_scores(policy: Any, rows: Sequence[Any]) -> np.ndarray:  # (N,)
-    "IFD, and NaN above 1, where the instruction does not help: the rule of arXiv 2308.12032."
+    "IFD, and NaN above 1, where the instruction does not help: Li et al. 2023, arXiv 2308.12032, leave such rows out."
     scores = difficulty(policy, rows).scores
     return np.where(scores > 1, np.nan, scores)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from .generator import Request
-from ..errors import BackendError, DataError, OutputError
+from ..engine.checkpoints import replacing
+from ..errors import BackendError, DataError
 from ..evaluate.metrics import Interval
 
 # %% auto #0
@@ -374,12 +374,9 @@ def write_taxonomy(
 ) -> Path:
     "Write a taxonomy, whole or not at all; raises `OutputError`."
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     rules = [{axis: list(values) if len(values) > 1 else values[0] for axis, values in rule.items()} for rule in taxonomy.exclude]
     content = {"name": taxonomy.name, "axes": {axis: dict(values) for axis, values in taxonomy.axes.items()}, "exclude": rules}
-    try:
-        partial.write_text(_yaml().safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    text = _yaml().safe_dump(content, sort_keys=False, allow_unicode=True)
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
     return path

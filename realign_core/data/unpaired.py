@@ -119,7 +119,7 @@ def balance(
     return Balance(counts[True], counts[False], low, high)
 
 # %% ../../nbs/data/15_unpaired.ipynb #c17d7d33
-HIGHEST = 4 / 3  # largest ratio of the weighted counts (arXiv 2402.01306, eq. 8)
+HIGHEST = 4 / 3  # largest ratio of the weighted counts, as TRL has it (arXiv 2402.01306v1, eq. 8; later versions: 3/2)
 
 
 @dataclass(frozen=True)
