@@ -7,10 +7,11 @@ import json
 import random
 import statistics
 
+import numpy as np
 import pytest
 
 from realign_core.cli import main
-from realign_core.data.checking import Tally, check, headline, plot_lengths, tables
+from realign_core.data.checking import Hashes, Tally, Twins, check, headline, plot_lengths, tables
 from realign_core.data.formats import FORMATS
 from realign_core.errors import DataError
 
@@ -162,3 +163,21 @@ def test_the_command_line(tmp_path, capsys):
     assert main(["check", str(good), "--format", "nonsense"]) == 2
     renamed = write(tmp_path / "renamed.jsonl", [{"en": "cat", "de": "Katze"}])
     assert main(["check", str(renamed), "--column", "prompt", "en", "--column", "completion", "de"]) == 0
+
+
+def test_hashes_find_the_same_over_files_as_in_memory():
+    rng = np.random.default_rng(0)
+    values = rng.integers(-40_000, 40_000, 200_000)
+    hashes = Hashes()
+    for value in values.tolist():
+        hashes.append(value)
+    assert hashes.files and len(hashes.recent) < Hashes.ROOM
+    twins = Twins()
+    twins.contents, twins.rows = hashes, len(values)
+    count, repeats = twins.found()
+    first, expected = {}, []
+    for place, value in enumerate(values.tolist()):
+        if value in first:
+            expected.append((place, first[value]))
+        first.setdefault(value, place)
+    assert count == len(expected) and repeats == expected[:5]

@@ -8,19 +8,22 @@ from __future__ import annotations
 import bisect
 import math
 import re
+import tempfile
 import time
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from .formats import Row, parse
 from .reading import Stream, own_format, stream, unknown
+from ..engine.checkpoints import writing
 from ..errors import DataError, _short
 
 # %% auto #0
-__all__ = ['COUNTERS', 'FACTS', 'Tally', 'Twins', 'Book', 'Fact', 'Report', 'check', 'tables', 'headline', 'plot_lengths']
+__all__ = ['COUNTERS', 'FACTS', 'Tally', 'Hashes', 'Twins', 'Book', 'Fact', 'Report', 'check', 'tables', 'headline',
+           'plot_lengths']
 
 # %% ../../nbs/data/02_checking.ipynb #d3c1fb72
 class Tally:
@@ -70,19 +73,60 @@ def _key(value: Any) -> Any:
     return value
 
 
-class Twins:
-    "Finds rows with the same content: 8 bytes for each content and 8 for its prompt."
+class Hashes:
+    "64-bit hashes of rows; from 65,536 on they go to temporary files, each hash to the one of its remainder."
+    PARTS, ROOM = 16, 65_536
+
     def __init__(self):
-        self.contents, self.prompts = array("q"), array("q")
+        self.recent, self.stored, self.files = array("q"), 0, []
+
+    def append(self, value: int) -> None:
+        "Note the hash of the next row."
+        self.recent.append(value)
+        if len(self.recent) == self.ROOM:
+            self._store()
+
+    def _store(self) -> None:
+        pairs = self._recent()
+        with writing(tempfile.gettempdir()):
+            self.files = self.files or [tempfile.TemporaryFile() for _ in range(self.PARTS)]
+            for part, file in enumerate(self.files):
+                pairs[pairs[:, 0] % self.PARTS == part].tofile(file)
+        self.stored, self.recent = self.stored + len(pairs), array("q")
+
+    def _recent(self) -> Any:
+        "The hashes that are in no file, and which rows they are of: (n, 2)."
+        import numpy as np
+        hashes = np.frombuffer(self.recent, np.int64)
+        return np.stack([hashes, self.stored + np.arange(len(hashes))], axis=1)
+
+    def parts(self) -> Iterator[tuple[Any, Any]]:
+        "Hashes in ascending order and their rows in order of coming, (n,) each; equal hashes come in one part."
+        import numpy as np
+        if self.files and self.recent:
+            self._store()
+        for file in self.files or [None]:
+            if file is not None:
+                file.seek(0)
+            pairs = self._recent() if file is None else np.fromfile(file, np.int64).reshape(-1, 2)
+            order = np.argsort(pairs[:, 0], kind="stable")
+            yield pairs[order, 0], pairs[order, 1]
+
+
+class Twins:
+    "Finds rows with the same content, in memory that many rows do not fill."
+    def __init__(self):
+        self.contents, self.prompts, self.rows = Hashes(), Hashes(), 0
         self.jumps = [(0, 0)]  # (rows seen, row number less that) wherever blank lines or bad rows were passed over
 
     def add(self, row: Row, number: int) -> None:
         "Take note of one row."
         keys = [_key(getattr(row, name)) for name in _IDENTITY[row.format]]
-        if number - len(self.contents) != self.jumps[-1][1]:
-            self.jumps.append((len(self.contents), number - len(self.contents)))
+        if number - self.rows != self.jumps[-1][1]:
+            self.jumps.append((self.rows, number - self.rows))
         self.prompts.append(hash(keys[0]))
         self.contents.append(hash(tuple(keys)))
+        self.rows += 1
 
     def row(self, place: int) -> int:
         "The number of the row that was the `place`-th to be noted, from 0."
@@ -91,21 +135,18 @@ class Twins:
     def found(self, first: int = 5) -> tuple[int, list[tuple[int, int]]]:
         "How many rows repeat an earlier one, and (row, the row it repeats) of the first of them."
         import numpy as np
-        contents = np.frombuffer(self.contents, np.int64)
-        ordered = np.sort(contents)
-        again = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])  # contents that stand there more than once
-        places = np.flatnonzero(np.isin(contents, again))
-        _, begins = np.unique(contents[places], return_index=True)
-        repeats = np.setdiff1d(places, places[begins])[:first]
-        return len(places) - len(again), [(self.row(int(at)), self.row(int(np.flatnonzero(contents == contents[at])[0])))
-                                          for at in repeats]
+        count, repeats = 0, []
+        for hashes, places in self.contents.parts():
+            again = np.flatnonzero(hashes[1:] == hashes[:-1]) + 1
+            count += len(again)
+            early = again[np.argsort(places[again])[:first]]
+            begins = np.searchsorted(hashes, hashes[early])
+            repeats = sorted([*repeats, *zip(places[early].tolist(), places[begins].tolist(), strict=True)])[:first]
+        return count, [(self.row(place), self.row(begin)) for place, begin in repeats]
 
     def distinct_prompts(self) -> int:
-        "Number of different prompts; puts the notes in order, so this comes last."
-        import numpy as np
-        prompts = np.frombuffer(self.prompts, np.int64)
-        prompts.sort()
-        return int((prompts[1:] != prompts[:-1]).sum()) + 1
+        "Number of different prompts."
+        return sum(int((hashes[1:] != hashes[:-1]).sum()) + (len(hashes) > 0) for hashes, _ in self.prompts.parts())
 
 # %% ../../nbs/data/02_checking.ipynb #a84e02cd
 _ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]")  # control characters, and what is left of a wrong encoding
@@ -396,7 +437,7 @@ def check(
 
 def _finish(report: Report, twins: Twins, mixed: bool) -> None:
     "What can be said once all rows have been seen."
-    if twins.contents:
+    if twins.rows:
         (report.duplicates, report.repeats), report.prompts = twins.found(), twins.distinct_prompts()
     if len(report.formats) > 1 and not mixed:
         other = next(name for name in report.formats if name != report.format)
