@@ -20,13 +20,16 @@ from realign_core.engine.history import Run
 from realign_core.engine.policy import LoRA, load
 from realign_core.engine.training import BigramPolicy, fit
 from realign_core.errors import CheckpointError
-from realign_core.methods import dpo, sft
+from realign_core.methods import dpo, kto, sft
 
 PAIRS = [{"prompt": f"What is {i} plus {j}?", "chosen": str(i + j), "rejected": f"I think {i + j + 1}, friend."}
          for i in range(6) for j in range(6)]
 ROWS = [{"instruction": p["prompt"], "output": p["chosen"]} for p in PAIRS]
+LABELLED = [{"prompt": p["prompt"], "completion": p["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
+            for i, p in enumerate(PAIRS)]
 STEPS = 24
-CASES = {"sft-full": (sft.method, ROWS, None), "dpo-lora": (dpo.method, PAIRS, dict(rank=4, alpha=8.0, dropout=0.1))}
+CASES = {"sft-full": (sft.method, ROWS, None), "dpo-lora": (dpo.method, PAIRS, dict(rank=4, alpha=8.0, dropout=0.1)),
+         "kto-lora": (kto.method, LABELLED, dict(rank=4, alpha=8.0, dropout=0.1)), "kto-full": (kto.method, LABELLED, None)}
 
 
 def train(case: str, backend: str, model: str, out, resume=True):

@@ -184,10 +184,11 @@ def evaluate(
     policy,                    # scores, is not changed
     method,                    # gives objective and weight
     batches: Iterable[Batch],  # held-out data
+    max_length: int | None = None,  # tokens per sequence; None: the model's window
 ) -> dict[str, float]:         # "loss" and the method's metrics
     "The method's loss and metrics without gradients."
     loss, whole, sums = 0.0, 0.0, {}
-    for batch in batches:
+    for batch in method.prepare(policy, list(batches), max_length) if method.prepare else batches:
         part, metrics = method.objective(policy.score(batch), batch)
         weight = float(method.weight(batch))
         loss, whole = loss + float(part) * weight, whole + weight
@@ -405,6 +406,8 @@ def _prepare(policy, method, data, eval_data, held_out, s, truncation, seed, pro
     rows, held = _split(rows, share, seed) if eval_data is None else (rows, _rows(eval_data, method.format, 256))
     train = _encode(rows, method, encoder, "encoding", progress)
     held = _encode(held, method, encoder, "encoding", progress)
+    if method.check:
+        method.check(train)
     return train, held, encoder.report if encoder else None
 
 # %% ../../nbs/engine/09_fit.ipynb #e3f0c3b9
@@ -531,6 +534,8 @@ def _step(job: _Job, step: int) -> dict[str, float]:
     s = job.settings
     chosen = [[job.train[i] for i in part] for part in micro_batches(job.order[step], s.micro_batch)]
     batches = [pack(c, job.room, job.pad_id) if s.packing else collate(c, job.pad_id) for c in chosen]
+    if job.method.prepare:
+        batches = job.method.prepare(job.policy, batches, s.max_length)
     rate = learning_rate(step, s.steps, s.lr, s.warmup, s.schedule)
     try:
         loss, metrics = accumulate(job.policy, job.method, batches)
@@ -574,7 +579,8 @@ def _run(job: _Job, eval_every: int, save_every: int, record) -> None:
 
 def _evaluated(job: _Job) -> dict[str, float]:
     "Held-out metrics, named eval_…"
-    return {f"eval_{k}": v for k, v in evaluate(job.policy, job.method, job.eval_batches).items()}
+    found = evaluate(job.policy, job.method, job.eval_batches, job.settings.max_length)
+    return {f"eval_{k}": v for k, v in found.items()}
 
 
 def _stop(job: _Job, done: int) -> None:

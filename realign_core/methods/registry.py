@@ -47,6 +47,8 @@ class Method:
     defaults: dict[str, Any] = field(default_factory=dict)  # settings for `fit`: lr, batch_size, …
     reference: bool = False                     # needs log-probs under the frozen reference as extras["ref_logps"]
     watch: tuple[str, ...] = ("loss",)          # metrics worth plotting, most telling first
+    check: Callable | None = None               # (examples) -> None, before training; raises `DataError` for unfit data
+    prepare: Callable | None = None             # (policy, batches, max_length) -> batches with what depends on all of them
 
     def _repr_markdown_(self) -> str:
         return f"**{self.title}** (`{self.name}`), {self.params or 'no settings'}\n\n{self.card._repr_markdown_()}"
