@@ -37,7 +37,7 @@ TARGETS = {"trl": {"sft": (1.5, None), "dpo": (4.0, 0.5), "orpo": (3.0, None), "
                    "reward": (3.0, None)},
            "mlx-lm": {"sft": (1.2, None)}, "mlx-lm-lora": {"dpo": (2.0, None), "orpo": (2.0, None), "cpo": (2.0, None)}}
 # pairs or rows a step, steps of which the first is not counted, and a learning rate at which so few of them show
-SIZES = {"small": {"pairs": 16, "rows": 16, "steps": 12, "lr": 2e-3}, "large": {"pairs": 2, "rows": 4, "steps": 6, "lr": 1e-3}}
+SIZES = {"small": {"pairs": 16, "rows": 16, "steps": 12, "lr": 5e-3}, "large": {"pairs": 2, "rows": 4, "steps": 6, "lr": 5e-3}}
 PAIRED = ("dpo", "orpo", "cpo", "reward")
 # The two libraries' objectives are the same with these settings of ours; mlx-lm-lora's CPO has no NLL term.
 PARAMS = {("mlx-lm-lora", "cpo"): {"nll": 0.0}}

@@ -163,7 +163,7 @@ def trl(plan: dict, turns: Turns) -> None:
     import torch
     import transformers
     from datasets import Dataset
-    from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+    from peft import LoraConfig, load_peft_weights
     torch.set_num_threads(plan["threads"])
     transformers.logging.set_verbosity_error()
     kind, config = trl_trainer(plan["method"])
@@ -200,7 +200,10 @@ def trl(plan: dict, turns: Turns) -> None:
                       processing_class=transformers.AutoTokenizer.from_pretrained(plan["snapshot"]), callbacks=[Watch()])
     if reward:
         start_head(trainer.model, plan)
-    set_peft_model_state_dict(trainer.model, load_peft_weights(plan["adapters"] + "/peft", device="cpu"))
+    start = load_peft_weights(plan["adapters"] + "/peft", "cpu")
+    named = {name.replace(".weight", ".default.weight"): weight for name, weight in start.items()}
+    if unknown := trainer.model.load_state_dict(named, strict=False).unexpected_keys:
+        raise SystemExit(f"TRL's model has no {unknown[0]}")
     turns.ready()
     trainer.train()
     turns.end("torch", flops=counter.get_total_flops())
@@ -213,7 +216,7 @@ def start_head(model, plan: dict) -> None:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "score" in name:
-                p.copy_(torch.from_numpy(np.load(plan["head"])) if plan.get("head") else torch.zeros_like(p))
+                p.copy_(torch.from_numpy(np.load(plan["head"])))
 
 
 def trl_trainer(method: str) -> tuple[type, type]:
