@@ -16,7 +16,8 @@ from .policy import Batch
 from ..errors import DataError
 
 # %% auto #0
-__all__ = ['collate', 'Order', 'micro_batches', 'first_fit', 'layout', 'pack', 'Shared', 'shared_prefixes', 'Padding', 'padding']
+__all__ = ['SHARE_FROM', 'collate', 'Order', 'micro_batches', 'first_fit', 'layout', 'pack', 'Shared', 'shared_prefixes',
+           'worth_sharing', 'check_sharing', 'Padding', 'padding']
 
 # %% ../../nbs/engine/08_batching.ipynb #ab10a545
 def collate(
@@ -157,10 +158,11 @@ class Shared:
         "Tokens of the prefix of each row."
         return np.repeat(self.prefix, self.group)
 
-    @property
-    def saved(self) -> float:
-        "Share of the B * W positions of the padded batch that need not be computed."
-        return 1 - (self.prefix.sum() + self.own.sum()) / max(1, self.place.size)
+    def saved(self, padded: bool = False) -> float:
+        "Share of the B * W positions of the batch that need not be read; `padded`: prefixes and the rest are two rectangles."
+        total = np.max if padded else np.mean
+        read = len(self.prefix) * total(self.prefix) + len(self.own) * total(self.own)
+        return float(1 - read / max(1, self.place.size))
 
     def flat(self, array: np.ndarray) -> np.ndarray: # (B, W) -> (N,)
         "The entries of an array aligned with the rows, one for each of the N tokens."
@@ -188,6 +190,39 @@ def shared_prefixes(
     before, start = np.repeat(np.cumsum(prefix) - prefix, group), prefix.sum() + np.cumsum(own) - own
     place = np.where(column < lengths[:, None], before[:, None] + column, (start - lengths)[:, None] + column)
     return Shared(prefix, own, np.minimum(place, max(0, prefix.sum() + own.sum() - 1)), group)
+
+# %% ../../nbs/engine/08_batching.ipynb #111eca9b
+SHARE_FROM = 0.1  # share of a batch's positions that must be saved
+
+
+def worth_sharing(
+    batch: Batch,         # of NumPy arrays
+    share: bool | None,   # None: where it pays; True: wherever there is something to save; False: never
+    padded: bool = False, # as for `Shared.saved`
+) -> Shared | None:       # None: read the rows as they stand
+    "Whether and how to read common prefixes once; packed batches are left alone."
+    if share is False or batch.segments is not None or not np.asarray(batch.mask).any():
+        return None
+    shared = shared_prefixes(batch)
+    return shared if shared.saved(padded) >= (SHARE_FROM if share is None else 1e-9) else None
+
+
+def check_sharing(
+    policy,            # its attributes `share` and `can_share` are set for the trial
+    tolerance: float,  # nats
+) -> bool:
+    "Do two pairs of up to eight tokens get the same log-probabilities with their prefixes read once?"
+    ids = np.random.default_rng(0).integers(0, policy.vocab, (4, 8), dtype=np.int32)
+    ids[1, :5], ids[3, :4], mask = ids[0, :5], ids[2, :4], np.arange(8) >= np.array([[5], [5], [4], [4]])
+    batch, found = Batch(ids, mask, group=2), []
+    try:
+        for policy.can_share, policy.share in ((False, None), (True, True)):
+            found.append(policy.score(batch))
+    except Exception:  # whatever the code of a family raises that cannot read like this
+        return False
+    finally:
+        policy.share = None
+    return bool(np.abs(found[0] - found[1]).max() <= tolerance)
 
 # %% ../../nbs/engine/08_batching.ipynb #be7311d7
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 from ..errors import BackendError, CheckpointError, ModelError
 
 # %% auto #0
-__all__ = ['Objective', 'CHUNK_BYTES', 'SHARE_FROM', 'BACKENDS', 'SHIPPED', 'Batch', 'Completion', 'LoRA', 'AdamW', 'Policy',
-           'window', 'check_packing', 'check_batch', 'chosen_points', 'check_generation', 'sampling_noise',
-           'left_padded', 'Written', 'complete', 'matching_layers', 'write_state', 'read_state', 'pick_backend',
-           'find_snapshot', 'write_snapshot', 'load']
+__all__ = ['Objective', 'CHUNK_BYTES', 'BACKENDS', 'SHIPPED', 'Batch', 'Completion', 'LoRA', 'AdamW', 'Policy', 'window',
+           'check_packing', 'check_batch', 'chosen_points', 'check_generation', 'sampling_noise', 'left_padded',
+           'Written', 'complete', 'matching_layers', 'write_state', 'read_state', 'pick_backend', 'find_snapshot',
+           'write_snapshot', 'load']
 
 # %% ../../nbs/engine/02_policy.ipynb #499dc877
 @dataclass(frozen=True)
@@ -186,7 +186,6 @@ def check_batch(
 
 # %% ../../nbs/engine/02_policy.ipynb #015c9cf4
 CHUNK_BYTES = 64 * 2**20  # float32 logits held at once
-SHARE_FROM = 0.1          # share of a batch's positions that must be saved before common prefixes are read once
 
 # %% ../../nbs/engine/02_policy.ipynb #7a1f642a
 def chosen_points(

@@ -21,17 +21,17 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import ModelError, TrainingError
 from .adapters import Tensors, read_adapter, write_adapter
-from .batching import Shared, shared_prefixes
+from .batching import Shared, check_sharing, worth_sharing
 from .encoding import load_tokenizer, quiet, stop_tokens
 from .policy import (
-    CHUNK_BYTES, SHARE_FROM, AdamW, Batch, Completion, LoRA, Objective, Written, check_batch, chosen_points, complete, left_padded,
+    CHUNK_BYTES, AdamW, Batch, Completion, LoRA, Objective, Written, check_batch, chosen_points, complete, left_padded,
     matching_layers, read_state, window, write_snapshot, write_state)
 
 # %% auto #0
 __all__ = ['pick_device', 'own_random', 'load_model', 'target_states', 'Head', 'target_logps', 'frozen_head_logps', 'scatter',
            'Reading', 'attend', 'shared_states', 'choose', 'nucleus', 'prefill', 'decode', 'adapted_layers',
            'add_adapters', 'layer_parameters', 'write_layer', 'residual_stream', 'Optimizer', 'check_scores',
-           'check_sharing', 'TorchPolicy']
+           'TorchPolicy']
 
 # %% ../../nbs/engine/03_torch.ipynb #cecdbe8c
 def pick_device() -> torch.device:
@@ -156,6 +156,7 @@ class Reading:
         def tensor(x): return None if x is None else torch.tensor(x, device=device)
         self.calls, self.back = [tuple(map(tensor, call[:3])) for call in calls], tensor(back)
         self.masks: dict = {}
+        self.windows: set = set()  # that the layers ask for
 
     def mask(self, call: int, window: int | None) -> torch.Tensor | None: # (B or 1, 1, C, W) bool
         "Which keys each query sees; None: those up to its own column."
@@ -179,9 +180,12 @@ def attend(
     reading: Reading,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[torch.Tensor, None]:  # (1, N, H, d)
-    "Attention of a flat row, in the form that transformers calls."
+    "Attention of a flat row, in the form that transformers calls; raises `ModelError` for scores that a family changes."
+    if changed := [name for name in ("softcap", "s_aux", "position_bias") if more.get(name) is not None]:
+        raise ModelError(f"a flat row cannot be read with {changed[0]}")
+    reading.windows.add(sliding_window)
     def rows(x, index): # an embedding's backward pass adds up in a fixed order, that of x[index] does not
         return F.embedding(index, x[0].transpose(0, 1).flatten(1)).unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
     out, grouped = [], query.shape[1] != key.shape[1]
@@ -192,7 +196,7 @@ def attend(
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling,
                                                enable_gqa=q.shape[1] != k.shape[1])
         out.append(found.transpose(1, 2).flatten(0, 1))
-    return torch.cat(out)[reading.back][None], None
+    return F.embedding(reading.back, torch.cat(out).flatten(1)).unflatten(-1, (query.shape[1], -1))[None], None
 
 # %% ../../nbs/engine/03_torch.ipynb #33a19a2d
 def shared_states(
@@ -200,19 +204,24 @@ def shared_states(
     batch: Batch,        # of NumPy arrays
     shared: Shared,      # from `shared_prefixes`
 ) -> torch.Tensor:       # (targets, D)
-    "What `target_states` returns, with every common prefix read once."
+    "What `target_states` returns, with every common prefix read once; raises `ModelError` for a family that cannot."
     from transformers import AttentionInterface
     AttentionInterface.register("realign_shared", attend)
     config, width = model.config.get_text_config(), shared.place.shape[1]
     ids, positions = shared.flat(np.asarray(batch.ids)[:, :width]), shared.flat(np.indices(shared.place.shape)[1])
     ids, positions = (torch.tensor(x, device=model.device).long()[None] for x in (ids, positions))
+    kinds, reading = set(getattr(config, "layer_types", None) or ()), Reading(shared, model.device)
+    if config._attn_implementation != "sdpa" or kinds - {"full_attention", "sliding_attention"}:
+        raise ModelError(f"model type {config.model_type!r} has attention of its own")
     before, config._attn_implementation = config._attn_implementation, "realign_shared"
     try:  # a mask of four dimensions keeps transformers from making one
         hidden = model.base_model(
             input_ids=ids, position_ids=positions, attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device),
-            use_cache=False, reading=Reading(shared, model.device)).last_hidden_state[0]
+            use_cache=False, reading=reading).last_hidden_state[0]
     finally:
         config._attn_implementation = before
+    if getattr(config, "sliding_window", None) and not any(reading.windows):
+        raise ModelError(f"model type {config.model_type!r} has a sliding window that its layers do not tell of")
     rows, columns = np.nonzero(np.asarray(batch.mask))
     return hidden[torch.tensor(shared.place[rows, columns - 1], device=model.device)]
 
@@ -442,7 +451,7 @@ class _Loaded:
         self.vocab = self.head.vocab
         self.can_share = False
         check_scores(self)
-        self.can_share = check_sharing(self)
+        self.can_share = check_sharing(self, 1e-3 if self.model.dtype == torch.float32 else 0.25)
 
     def __repr__(self) -> str:
         if self.model is None:
@@ -481,36 +490,15 @@ def check_scores(policy) -> None:
         raise ModelError(f"{policy.source}: log-probabilities differ from the model's own by {error:.3g}; "
                          f"{policy.config.get('model_type')} changes its logits in a way that is not supported")
 
-
-def check_sharing(policy) -> bool:
-    "Does reading common prefixes once give the same log-probabilities? Compared on two pairs of up to eight tokens."
-    ids = np.random.default_rng(0).integers(0, policy.vocab, (4, 8), dtype=np.int32)
-    ids[1, :5], ids[3, :3], mask = ids[0, :5], ids[2, :3], np.arange(8) >= np.array([[5], [5], [3], [3]])
-    batch, found = Batch(ids, mask, group=2), []
-    try:
-        for policy.can_share, policy.share in ((False, None), (True, True)):
-            found.append(policy.score(batch))
-    except Exception:  # whatever a family's code raises that knows nothing of flat rows
-        return False
-    finally:
-        policy.share = None
-    return bool(np.abs(found[0] - found[1]).max() <= (1e-3 if policy.model.dtype == torch.float32 else 0.25))
-
 # %% ../../nbs/engine/03_torch.ipynb #89e1d2e0
 class _Scoring(_Loaded):
     "score, entropy, hidden_states, generate."
     share: bool | None = None  # read common prefixes once: None where it pays, True wherever there are some, False never
 
-    def _sharing(self, batch: Batch) -> Shared | None:
-        "How to read the batch as a flat row; None: as it stands."
-        if self.share is False or not self.can_share or batch.segments is not None or not np.asarray(batch.mask).any():
-            return None
-        shared = shared_prefixes(batch)
-        return shared if self.share or shared.saved >= SHARE_FROM else None
-
     def _targets(self, batch: Batch, model: nn.Module | None = None) -> tuple[Batch, torch.Tensor, torch.Tensor]:
         "The batch, checked, as tensors; hidden states (N, D) before its targets; their ids (N,)."
-        used, shared, model = check_batch(batch, self.max_length, self.vocab), self._sharing(batch), model or self.model
+        used, model = check_batch(batch, self.max_length, self.vocab), model or self.model
+        shared = worth_sharing(batch, self.share) if self.can_share else None
         states = None if shared is None else shared_states(model, batch, shared)
         batch = batch.convert(lambda x: torch.tensor(np.asarray(x), device=self.device))
         if states is None:
