@@ -166,8 +166,9 @@ def test_prefixes_that_end_early(open_policy, snapshot):
 def test_sliding_windows(backend, open_policy, snapshot, tmp_path, family, sliding):
     "Shorter than prompts and answers, in all layers or in some."
     if family == "gemma3_text":
-        from snapshots import make_tokenizer
         from transformers import AutoModelForCausalLM, Gemma3TextConfig
+
+        from snapshots import make_tokenizer
         torch.manual_seed(0)
         folder = tmp_path / "sliding"
         AutoModelForCausalLM.from_config(Gemma3TextConfig(
@@ -206,8 +207,9 @@ def test_what_cannot_share_does_not(open_policy, snapshot, monkeypatch):
 @pytest.mark.parametrize("family", ["gemma2", "qwen2_moe"])
 def test_torch_families_that_cannot_share(tmp_path, family):
     "Soft-capped attention, and a sliding window that the attention is not told of."
-    from snapshots import make_tokenizer
     from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2MoeConfig
+
+    from snapshots import make_tokenizer
     sizes = dict(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, max_position_embeddings=64, sliding_window=6)
     config = (Gemma2Config(**sizes, head_dim=8) if family == "gemma2" else Qwen2MoeConfig(

@@ -432,6 +432,7 @@ class _Loaded:
         dtype: str | None = None,          # None: float32 on a CPU, else the snapshot's
         seed: int = 0,                     # for fresh adapters and for dropout
         threads: int | None = None,        # CPU threads of the whole process; None: leave as it is
+        autocast: str | None = None,       # "bfloat16": matrix products of scoring and training in fewer bits
     ):
         if threads:
             torch.set_num_threads(threads)
@@ -449,9 +450,14 @@ class _Loaded:
             self._wrapper, self._layers = add_adapters(self.model, self.lora, seed, tensors)
         self.head = Head(self.model)
         self.vocab = self.head.vocab
-        self.can_share = False
+        self.can_share, self.autocast = False, None
         check_scores(self)
         self.can_share = check_sharing(self, 1e-3 if self.model.dtype == torch.float32 else 0.25)
+        self.autocast = autocast
+
+    def _precision(self):
+        "The context in which the model is called where a loss is taken."
+        return torch.autocast(self.device.type, getattr(torch, self.autocast)) if self.autocast else nullcontext()
 
     def __repr__(self) -> str:
         if self.model is None:
@@ -509,7 +515,7 @@ class _Scoring(_Loaded):
     @torch.no_grad()
     def score(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
         "Log-probabilities (B, T) float32 in nats, 0 where the mask is False; raises `ModelError` beyond the window."
-        with self._reference() if reference else nullcontext((self.model, self.head)) as (model, head):
+        with self._precision(), self._reference() if reference else nullcontext((self.model, self.head)) as (model, head):
             batch, states, targets = self._targets(batch, model)
             logps = target_logps(head, states, targets)
         return scatter(logps, batch.mask).cpu().numpy()
@@ -517,9 +523,10 @@ class _Scoring(_Loaded):
     @torch.no_grad()
     def entropy(self, batch: Batch) -> np.ndarray:
         "Entropy (B, T) in nats of the distribution that each target was drawn from, 0 elsewhere."
-        batch, states, _ = self._targets(batch)
-        parts = [torch.special.entr(self.head(h).softmax(-1)).sum(-1)
-                 for h in states.split(max(1, CHUNK_BYTES // (4 * self.vocab)))]
+        with self._precision():
+            batch, states, _ = self._targets(batch)
+            parts = [torch.special.entr(self.head(h).softmax(-1)).sum(-1)
+                     for h in states.split(max(1, CHUNK_BYTES // (4 * self.vocab)))]
         return scatter(torch.cat(parts), batch.mask).cpu().numpy()
 
     @torch.no_grad()
@@ -547,7 +554,7 @@ class _Learning(_Scoring):
 
     def backward(self, batch: Batch, objective: Objective, scale: float = 1.0) -> tuple[float, dict[str, tuple[float, float]]]:
         "Add the gradient of scale * loss to what is accumulated; returns the unscaled loss and the metrics."
-        with self._dropout():
+        with self._dropout(), self._precision():
             batch, states, targets = self._targets(batch)
             logps = target_logps(self.head, states, targets)
         loss, metrics = objective(scatter(logps, batch.mask), batch)
