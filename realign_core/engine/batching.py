@@ -192,7 +192,7 @@ def shared_prefixes(
     return Shared(prefix, own, np.minimum(place, max(0, prefix.sum() + own.sum() - 1)), group)
 
 # %% ../../nbs/engine/08_batching.ipynb #111eca9b
-SHARE_FROM = 0.1  # share of a batch's positions that must be saved
+SHARE_FROM = 0.2  # share of a batch's positions that must be saved
 
 
 def worth_sharing(
