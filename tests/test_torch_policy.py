@@ -79,6 +79,25 @@ def test_adamw_is_the_textbook_one(snapshot):
     assert all(np.abs(weights()[k] - w[k]).max() <= 1e-6 for k in w)
 
 
+def test_autocast(snapshot):
+    "Matrix products in bfloat16: scores move a little, gradients point the same way, weights and text stay float32's."
+    batch, lora = make_batch(), LoRA(rank=2)
+    plain, fewer = open_policy(snapshot(), lora=lora), open_policy(snapshot(), lora=lora, autocast="bfloat16")
+    apart = np.abs(plain.score(batch) - fewer.score(batch)).max()
+    assert 0 < apart < 0.2 and all(p.dtype == torch.float32 for p in fewer.model.parameters())
+    gradients = []
+    for policy in (plain, fewer):
+        policy.backward(batch, mean_loss)
+        gradients.append(np.concatenate([g.ravel() for g in policy.gradients().values()]))
+    a, b = gradients
+    assert a @ b > 0.99 * np.linalg.norm(a) * np.linalg.norm(b) and (a != b).any()
+    texts = [policy.generate([[7, 8]], max_tokens=4)[0][0].ids for policy in (plain, fewer)]
+    assert texts[0] == texts[1]
+    for backend, kind in (("torch", "float16"), ("mlx", "bfloat16")):
+        with pytest.raises(ModelError, match="autocast="):
+            load(snapshot(), backend, autocast=kind)
+
+
 def test_close_lets_go_of_the_model(snapshot):
     policy = open_policy(snapshot(), lora=2)
     policy.close()

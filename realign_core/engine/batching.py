@@ -16,7 +16,8 @@ from .policy import Batch
 from ..errors import DataError
 
 # %% auto #0
-__all__ = ['collate', 'Order', 'micro_batches', 'first_fit', 'layout', 'pack', 'Padding', 'padding']
+__all__ = ['SHARE_FROM', 'collate', 'Order', 'micro_batches', 'first_fit', 'layout', 'pack', 'Shared', 'shared_prefixes',
+           'worth_sharing', 'check_sharing', 'Padding', 'padding']
 
 # %% ../../nbs/engine/08_batching.ipynb #ab10a545
 def collate(
@@ -142,6 +143,86 @@ def pack(
             start = part.stop
     return Batch(ids=ids, mask=mask, segments=segments, positions=positions, extras=extras,
                  rows=tuple(examples[i].row for row in rows for i in row))
+
+# %% ../../nbs/engine/08_batching.ipynb #e57cfbce
+@dataclass(frozen=True)
+class Shared:
+    "What has to be read of a batch of B rows and G groups: N tokens, each common prefix once."
+    prefix: np.ndarray     # (G,) tokens at the start that all rows of a group have in common
+    own: np.ndarray        # (B,) tokens of each row behind that
+    place: np.ndarray      # (B, W) where the token at row, column stands among the N
+    group: int             # rows per group
+
+    @property
+    def lengths(self) -> np.ndarray: # (B,)
+        "Tokens of the prefix of each row."
+        return np.repeat(self.prefix, self.group)
+
+    def saved(self, padded: bool = False) -> float:
+        "Share of the B * W positions of the batch that need not be read; `padded`: prefixes and the rest are two rectangles."
+        total = np.max if padded else np.mean
+        read = len(self.prefix) * total(self.prefix) + len(self.own) * total(self.own)
+        return float(1 - read / max(1, self.place.size))
+
+    def flat(self, array: np.ndarray) -> np.ndarray: # (B, W) -> (N,)
+        "The entries of an array aligned with the rows, one for each of the N tokens."
+        out = np.zeros(int(self.prefix.sum() + self.own.sum()), array.dtype)
+        used = np.arange(self.place.shape[1]) < (self.lengths + self.own)[:, None]
+        out[self.place[used]] = array[used]
+        return out
+
+# %% ../../nbs/engine/08_batching.ipynb #05eb875e
+def shared_prefixes(
+    batch: Batch,  # of NumPy arrays, not packed
+) -> Shared:       # W columns: up to the one before the last target
+    "The longest start that all rows of a group share, ending at or before their first target."
+    ids, mask = np.asarray(batch.ids), np.asarray(batch.mask)
+    (rows, width), group = ids.shape, batch.group
+    ends = np.where(mask.any(1), width - 1 - mask[:, ::-1].argmax(1), 0)  # the last target need not be read
+    first = np.where(mask.any(1), mask.argmax(1), width)
+    prefix = np.zeros(rows // group, dtype=int)
+    if group > 1:
+        sets = ids.reshape(-1, group, width)
+        agree = np.cumprod((sets == sets[:, :1]).all(1), axis=1).sum(1)
+        prefix = np.minimum.reduce([agree, first.reshape(-1, group).min(1), ends.reshape(-1, group).max(1)])
+    lengths = np.repeat(prefix, group)
+    own, column = np.maximum(ends - lengths, 0), np.arange(ends.max())
+    before, start = np.repeat(np.cumsum(prefix) - prefix, group), prefix.sum() + np.cumsum(own) - own
+    place = np.where(column < lengths[:, None], before[:, None] + column, (start - lengths)[:, None] + column)
+    return Shared(prefix, own, np.minimum(place, max(0, prefix.sum() + own.sum() - 1)), group)
+
+# %% ../../nbs/engine/08_batching.ipynb #111eca9b
+SHARE_FROM = 0.2  # share of a batch's positions that must be saved
+
+
+def worth_sharing(
+    batch: Batch,         # of NumPy arrays
+    share: bool | None,   # None: where it pays; True: wherever there is something to save; False: never
+    padded: bool = False, # as for `Shared.saved`
+) -> Shared | None:       # None: read the rows as they stand
+    "Whether and how to read common prefixes once; packed batches are left alone."
+    if share is False or batch.segments is not None or not np.asarray(batch.mask).any():
+        return None
+    shared = shared_prefixes(batch)
+    return shared if shared.saved(padded) >= (SHARE_FROM if share is None else 1e-9) else None
+
+
+def check_sharing(
+    policy,            # its attributes `share` and `can_share` are set for the trial
+    tolerance: float,  # nats
+) -> bool:
+    "Do two pairs of up to eight tokens get the same log-probabilities with their prefixes read once?"
+    ids = np.random.default_rng(0).integers(0, policy.vocab, (4, 8), dtype=np.int32)
+    ids[1, :5], ids[3, :4], mask = ids[0, :5], ids[2, :4], np.arange(8) >= np.array([[5], [5], [4], [4]])
+    batch, found = Batch(ids, mask, group=2), []
+    try:
+        for policy.can_share, policy.share in ((False, None), (True, True)):
+            found.append(policy.score(batch))
+    except Exception:  # whatever the code of a family raises that cannot read like this
+        return False
+    finally:
+        policy.share = None
+    return bool(np.abs(found[0] - found[1]).max() <= tolerance)
 
 # %% ../../nbs/engine/08_batching.ipynb #be7311d7
 @dataclass(frozen=True)

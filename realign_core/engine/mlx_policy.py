@@ -18,6 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .adapters import Tensors, read_adapter, write_adapter
+from .batching import Shared, check_sharing, worth_sharing
 from .blas import prepare_mlx
 from .encoding import load_tokenizer, stop_tokens
 from .policy import (
@@ -159,6 +160,52 @@ class _Cache:
     def select(self, rows: mx.array) -> None:
         "Keep, drop or repeat rows."
         self.padding, self.keys, self.values = self.padding[rows], self.keys[rows], self.values[rows]
+
+# %% ../../nbs/engine/04_mlx.ipynb #cae8b505
+class _Prefix(_Cache):
+    "Keys and values of left-padded prefixes, each for all rows of its group."
+
+    def __init__(self, padding: mx.array, dtype: mx.Dtype, window: int | None = None):
+        super().__init__(padding, 0, dtype, window)
+
+    def update_and_fetch(self, keys, values):
+        self.offset += keys.shape[2]
+        if self.keys is None:
+            self.keys, self.values = keys, values
+            return keys, values
+        return mx.concatenate([self.keys, keys], axis=2), mx.concatenate([self.values, values], axis=2)
+
+    def fork(self, group: int) -> None:
+        "Repeat each row."
+        self.padding, self.keys, self.values = (mx.repeat(x, group, axis=0) for x in (self.padding, self.keys, self.values))
+
+# %% ../../nbs/engine/04_mlx.ipynb #a9184c4a
+def _two_rectangles(
+    ids: np.ndarray,     # (B, T) token ids
+    mask: np.ndarray,    # (B, T) bool, True at the N targets
+    shared: Shared,
+) -> tuple[mx.array, ...]: # prefixes (G, P), columns of padding (G,), answers (B, C), places of the targets' states (N,)
+    "What to read, and where in prefixes and answers laid end to end the state before each target stands."
+    lengths, longest, answer = shared.lengths, shared.prefix.max(), shared.own.max()
+    padding, column = longest - shared.prefix, np.arange(longest)
+    prefixes = np.take_along_axis(ids[::shared.group], np.maximum(column - padding[:, None], 0), 1)
+    answers = np.take_along_axis(ids, np.minimum(lengths[:, None] + np.arange(answer), ids.shape[1] - 1), 1)
+    rows, columns = np.nonzero(mask)
+    before, example = columns - 1, rows // shared.group
+    places = np.where(before < lengths[rows], example * longest + padding[example] + before,
+                      prefixes.size + rows * answer + before - lengths[rows])
+    return tuple(mx.array(x.astype(np.int32)) for x in (prefixes, padding, answers, places))
+
+
+def _read_shared(model: nn.Module, shared: Shared, make_cache: Callable, prefixes, padding, answers, places) -> mx.array:
+    "Final hidden states (N, D) before the targets, with every common prefix read once."
+    caches = [make_cache(padding) for _ in model.model.layers]
+    hidden = [model.model(prefixes, caches)]
+    if answers.size:
+        for cache in caches:
+            cache.fork(shared.group)
+        hidden.append(model.model(answers, caches))
+    return mx.concatenate([x.reshape(-1, x.shape[-1]) for x in hidden])[places]
 
 # %% ../../nbs/engine/04_mlx.ipynb #4f2f70b4
 def _exp(x: mx.array) -> mx.array:
@@ -302,14 +349,27 @@ def _dropping(adapters: dict[str, nn.Module], p: float, seed: tuple[int, int]) -
             module.dropout = nn.Identity()
 
 # %% ../../nbs/engine/04_mlx.ipynb #8e86c8c9
-def _at_states(function: Callable, model: nn.Module, head: _Head, hidden: mx.array, targets: mx.array, vocab: int) -> mx.array:
+def _frozen_head(function: Callable, head: _Head, hidden: mx.array, targets: mx.array, rows: int) -> mx.array:
+    "function(logits, targets) in pieces of so many rows, carrying their gradients along."
+    found = []
+    for h, t in ((hidden[i:i + rows], targets[i:i + rows]) for i in range(0, len(targets), rows)):
+        def values(h, t=t): return function(head(h[None])[0], t)
+        out, slopes = mx.vjp(values, [mx.stop_gradient(h)], [mx.ones(len(t))])
+        found.append((out[0], slopes[0]))
+    out, slopes = (mx.stop_gradient(mx.concatenate(parts)) for parts in zip(*found, strict=True))
+    return out + mx.sum((hidden - mx.stop_gradient(hidden)) * slopes, axis=-1).astype(out.dtype)
+
+
+def _at_states(function: Callable, model: nn.Module, head: _Head, hidden: mx.array, targets: mx.array, vocab: int,
+               training: bool = False) -> mx.array:
     "function(logits, targets) for hidden states (N, D) and targets (N,), in pieces whose logits fit into `CHUNK_BYTES`."
     rows = max(1, CHUNK_BYTES // (4 * vocab))
-    if len(targets) <= rows:
-        return function(head(hidden[None])[0], targets)
-
     # mx.checkpoint passes no gradient to what a function merely sees, so the head's weights are an argument.
     weights = [(n, w) for n, w in tree_flatten(model.trainable_parameters()) if ".layers." not in n]
+    if training and not weights:
+        return _frozen_head(function, head, hidden, targets, max(1, rows // 4))
+    if len(targets) <= rows:
+        return function(head(hidden[None])[0], targets)
 
     def piece(start):
         wanted = targets[start:start + rows]
@@ -465,6 +525,7 @@ class _Loaded:
             raise ModelError(f"{self.folder}: a quantised model can only be trained through adapters; give lora=")
         self._adapters = _add_adapters(self._model, self.lora, seed, tensors) if self.lora is not None else {}
         self.configure(AdamW())
+        self.can_share = check_sharing(self, 1e-3 if self._dtype == mx.float32 else 0.25)
 
     def __repr__(self) -> str:
         if self._model is None:
@@ -498,6 +559,7 @@ class _Loaded:
 # %% ../../nbs/engine/04_mlx.ipynb #8792679b
 class _Scoring(_Loaded):
     "score, entropy, hidden_states, generate."
+    share: bool | None = None  # read common prefixes once: None where it pays, True wherever there are some, False never
 
     def _hidden(self, batch: Batch, columns: int) -> mx.array: # (B, columns, D)
         "The backbone's output for the first `columns` tokens of each row of a batch of MLX arrays."
@@ -505,19 +567,23 @@ class _Scoring(_Loaded):
         caches = [_NoCache(self._dtype, segments, self._window)] * len(self._model.model.layers)
         return self._model.model(batch.ids[:, :columns], caches)
 
-    def _arrays(self, batch: Batch) -> tuple[Batch, mx.array, int]:
-        "The batch, checked, as MLX arrays; the flat places of its targets (N,); columns up to the last of them."
-        used = check_batch(batch, self.max_length, self.vocab)
-        return batch.convert(mx.array), mx.array(np.flatnonzero(np.asarray(batch.mask)).astype(np.int32)), used
+    def _arrays(self, batch: Batch) -> tuple[Batch, mx.array, Callable]:
+        "The batch, checked, as MLX arrays; the flat places of its targets (N,); what gives their hidden states (N, D)."
+        before, mask = check_batch(batch, self.max_length, self.vocab) - 1, np.asarray(batch.mask)
+        places, arrays = mx.array(np.flatnonzero(mask).astype(np.int32)), batch.convert(mx.array)
+        if shared := worth_sharing(batch, self.share, padded=True) if self.can_share else None:
+            make_cache = partial(_Prefix, dtype=self._dtype, window=self._window)
+            return arrays, places, partial(_read_shared, self._model, shared, make_cache,
+                                           *_two_rectangles(np.asarray(batch.ids), mask, shared))
+        states = mx.array(np.flatnonzero(mask[:, 1:before + 1]).astype(np.int32))  # the last target needs the state before it
+        return arrays, places, lambda: self._hidden(arrays, before).reshape(mask.shape[0] * before, -1)[states]
 
-    def _at_targets(self, function: Callable, batch: Batch, places: mx.array, used: int) -> mx.array: # (B, T) float32
-        "function(logits, targets) at the targets, 0 elsewhere."
-        (rows, columns), before = batch.ids.shape, used - 1  # the last target needs the state before it
+    def _at_targets(self, function: Callable, batch: Batch, places: mx.array, states: Callable, training: bool = False):
+        "function(logits, targets) at the targets, 0 elsewhere: (B, T) float32."
         if places.size == 0:
-            return mx.zeros((rows, columns))
-        hidden = self._hidden(batch, before).reshape(rows * before, -1)[places // columns * before + places % columns - 1]
-        values = _at_states(function, self._model, self._head, hidden, batch.ids.reshape(-1)[places], self.vocab)
-        return mx.zeros(batch.ids.size).at[places].add(values).reshape(rows, columns)
+            return mx.zeros(batch.ids.shape)
+        values = _at_states(function, self._model, self._head, states(), batch.ids.reshape(-1)[places], self.vocab, training)
+        return mx.zeros(batch.ids.size).at[places].add(values).reshape(batch.ids.shape)
 
     def score(self, batch: Batch, *, reference: bool = False) -> np.ndarray: # (B, T) float32
         "Log-probabilities in nats, 0 where the mask is False; no gradient."
@@ -568,13 +634,13 @@ class _Learning(_Scoring):
 
     def backward(self, batch: Batch, objective: Objective, scale: float = 1.0) -> tuple[float, dict[str, tuple[float, float]]]:
         "Add the gradient of scale * loss to what is accumulated; returns the unscaled loss and the metrics."
-        arrays, places, used = self._arrays(batch)
+        arrays, places, states = self._arrays(batch)
         names: list[str] = []
         def number(x): return x if isinstance(x, mx.array) else mx.array(float(x))
 
         def scaled(weights):
             self._model.update(tree_unflatten(list(weights.items())))
-            loss, metrics = objective(self._at_targets(_pick_logps, arrays, places, used), arrays)
+            loss, metrics = objective(self._at_targets(_pick_logps, arrays, places, states, training=True), arrays)
             names[:] = metrics
             return loss * scale, loss, [number(x) for pair in metrics.values() for x in pair]
 

@@ -456,6 +456,7 @@ def load(
     dtype: str | None = None,                  # "float32", "bfloat16", "float16"; None: float32 on a CPU, else the snapshot's
     seed: int = 0,                             # for new adapters and dropout
     threads: int | None = None,                # CPU threads; None: REALIGN_THREADS, else all cores
+    autocast: str | None = None,               # torch: "bfloat16" does matrix products of training in fewer bits
 ) -> Policy:
     "A policy on the chosen framework; raises `ModelError` or `BackendError` with what to do."
     backend = pick_backend(backend)
@@ -470,4 +471,7 @@ def load(
         from realign_core.engine.torch_policy import TorchPolicy as cls
     else:
         from realign_core.engine.mlx_policy import MLXPolicy as cls
-    return cls(folder, source=str(source), lora=lora, adapter=adapter, dtype=dtype, seed=seed, threads=threads)
+    if autocast is not None and (backend, autocast) != ("torch", "bfloat16"):
+        raise ModelError(f"autocast={autocast!r} on {backend}; it is there on torch alone, as 'bfloat16' (on MLX use dtype=)")
+    more = {"autocast": autocast} if autocast else {}
+    return cls(folder, source=str(source), lora=lora, adapter=adapter, dtype=dtype, seed=seed, threads=threads, **more)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,15 +21,17 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import ModelError, TrainingError
 from .adapters import Tensors, read_adapter, write_adapter
+from .batching import Shared, check_sharing, worth_sharing
 from .encoding import load_tokenizer, quiet, stop_tokens
 from .policy import (
     CHUNK_BYTES, AdamW, Batch, Completion, LoRA, Objective, Written, check_batch, chosen_points, complete, left_padded,
     matching_layers, read_state, window, write_snapshot, write_state)
 
 # %% auto #0
-__all__ = ['pick_device', 'own_random', 'load_model', 'target_states', 'Head', 'target_logps', 'scatter', 'choose', 'nucleus',
-           'prefill', 'decode', 'adapted_layers', 'add_adapters', 'layer_parameters', 'write_layer', 'residual_stream',
-           'Optimizer', 'check_scores', 'TorchPolicy']
+__all__ = ['pick_device', 'own_random', 'load_model', 'target_states', 'Head', 'target_logps', 'frozen_head_logps', 'scatter',
+           'Reading', 'attend', 'shared_states', 'choose', 'nucleus', 'prefill', 'decode', 'adapted_layers',
+           'add_adapters', 'layer_parameters', 'write_layer', 'residual_stream', 'Optimizer', 'check_scores',
+           'TorchPolicy']
 
 # %% ../../nbs/engine/03_torch.ipynb #cecdbe8c
 def pick_device() -> torch.device:
@@ -105,9 +107,11 @@ def target_logps(
     targets: torch.Tensor,   # (N,) int64 token ids
     chunk_bytes: int | None = None,  # None: `CHUNK_BYTES`
 ) -> torch.Tensor:           # (N,) float32, nats
-    "Log-probabilities of the targets; with more than one chunk, logits are recomputed in the backward pass."
+    "Log-probabilities of the targets; a trained head's logits beyond one chunk are computed again in the backward pass."
     def score(h, t): return -F.cross_entropy(head(h), t, reduction="none")
     rows = max(1, (chunk_bytes or CHUNK_BYTES) // (4 * head.vocab))
+    if hidden.requires_grad and not any(p.requires_grad for p in head.linear.parameters()):
+        return frozen_head_logps(score, hidden, targets, max(1, rows // 4))
     if len(targets) <= rows:
         return score(hidden, targets)
     parts = [checkpoint(score, h, t, use_reentrant=False, preserve_rng_state=False)
@@ -115,9 +119,111 @@ def target_logps(
     return torch.cat(parts)
 
 
+def frozen_head_logps(
+    score: Callable,         # hidden states (n, D), targets (n,) -> log-probabilities (n,)
+    hidden: torch.Tensor,    # (N, D)
+    targets: torch.Tensor,   # (N,)
+    rows: int,               # of a chunk
+) -> torch.Tensor:           # (N,)
+    "Log-probabilities that carry their gradients along, so that no logits are kept and none are computed twice."
+    found = []
+    for h, t in zip(hidden.detach().split(rows), targets.split(rows), strict=True):
+        with torch.enable_grad():
+            logps = score(h.requires_grad_(), t)
+            found.append((logps.detach(), *torch.autograd.grad(logps.sum(), h)))
+    logps, slopes = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return logps + ((hidden - hidden.detach()) * slopes).float().sum(-1)  # adds zeros whose gradient is the slopes
+
+
 def scatter(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     "Values (N,) at the True entries of a mask (B, T), zeros elsewhere."
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+# %% ../../nbs/engine/03_torch.ipynb #98fccde7
+class Reading:
+    "The index tensors with which attention reads a flat row of N tokens."
+
+    def __init__(self, shared: Shared, device: torch.device):
+        place, longest, answer = shared.place, shared.prefix.max(), shared.own.max()
+        column = np.minimum(shared.lengths[:, None] + np.arange(answer), place.shape[1] - 1)  # (B, C) of the answers' tokens
+        calls = [(place[::shared.group, :longest], place[::shared.group, :longest], None, shared.prefix),
+                 (np.take_along_axis(place, column, 1), place, column if longest else None, shared.own)]
+        calls = [call for call in calls if call[0].size]
+        spots, used = np.concatenate([call[0].ravel() for call in calls]), np.concatenate(
+            [(np.arange(call[0].shape[1]) < call[3][:, None]).ravel() for call in calls])
+        back = np.zeros(int(shared.prefix.sum() + shared.own.sum()), dtype=int)
+        back[spots[used]] = np.flatnonzero(used)
+        def tensor(x): return None if x is None else torch.tensor(x, device=device)
+        self.calls, self.back = [tuple(map(tensor, call[:3])) for call in calls], tensor(back)
+        self.masks: dict = {}
+        self.windows: set = set()  # that the layers ask for
+
+    def mask(self, call: int, window: int | None) -> torch.Tensor | None: # (B or 1, 1, C, W) bool
+        "Which keys each query sees; None: those up to its own column."
+        queries, keys, column = self.calls[call]
+        if column is None and (window is None or window >= keys.shape[1]):
+            return None
+        if (call, window) not in self.masks:
+            seen = torch.arange(keys.shape[1], device=keys.device)
+            at = (seen[None] if column is None else column)[:, :, None]
+            self.masks[call, window] = ((seen <= at) & (seen > at - (window or len(seen))))[:, None]
+        return self.masks[call, window]
+
+# %% ../../nbs/engine/03_torch.ipynb #7c8f61cd
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,     # (1, H, N, d)
+    key: torch.Tensor,       # (1, K, N, d), K divides H
+    value: torch.Tensor,     # (1, K, N, d)
+    attention_mask: Any,     # not used
+    *,
+    reading: Reading,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:  # (1, N, H, d)
+    "Attention of a flat row, in the form that transformers calls; raises `ModelError` for scores that a family changes."
+    if changed := [name for name in ("softcap", "s_aux", "position_bias") if more.get(name) is not None]:
+        raise ModelError(f"a flat row cannot be read with {changed[0]}")
+    reading.windows.add(sliding_window)
+    def rows(x, index): # an embedding's backward pass adds up in a fixed order, that of x[index] does not
+        return F.embedding(index, x[0].transpose(0, 1).flatten(1)).unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
+    out, grouped = [], query.shape[1] != key.shape[1]
+    for i, (queries, keys, _) in enumerate(reading.calls):
+        q, k, v, mask = rows(query, queries), rows(key, keys), rows(value, keys), reading.mask(i, sliding_window)
+        if grouped and mask is not None and q.is_cuda:  # where the fast kernels take either a mask or grouped heads
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling,
+                                               enable_gqa=q.shape[1] != k.shape[1])
+        out.append(found.transpose(1, 2).flatten(0, 1))
+    return F.embedding(reading.back, torch.cat(out).flatten(1)).unflatten(-1, (query.shape[1], -1))[None], None
+
+# %% ../../nbs/engine/03_torch.ipynb #33a19a2d
+def shared_states(
+    model: nn.Module,    # a transformers causal language model
+    batch: Batch,        # of NumPy arrays
+    shared: Shared,      # from `shared_prefixes`
+) -> torch.Tensor:       # (targets, D)
+    "What `target_states` returns, with every common prefix read once; raises `ModelError` for a family that cannot."
+    from transformers import AttentionInterface
+    AttentionInterface.register("realign_shared", attend)
+    config, width = model.config.get_text_config(), shared.place.shape[1]
+    ids, positions = shared.flat(np.asarray(batch.ids)[:, :width]), shared.flat(np.indices(shared.place.shape)[1])
+    ids, positions = (torch.tensor(x, device=model.device).long()[None] for x in (ids, positions))
+    kinds, reading = set(getattr(config, "layer_types", None) or ()), Reading(shared, model.device)
+    if config._attn_implementation != "sdpa" or kinds - {"full_attention", "sliding_attention"}:
+        raise ModelError(f"model type {config.model_type!r} has attention of its own")
+    before, config._attn_implementation = config._attn_implementation, "realign_shared"
+    try:  # a mask of four dimensions keeps transformers from making one
+        hidden = model.base_model(
+            input_ids=ids, position_ids=positions, attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device),
+            use_cache=False, reading=reading).last_hidden_state[0]
+    finally:
+        config._attn_implementation = before
+    if getattr(config, "sliding_window", None) and not any(reading.windows):
+        raise ModelError(f"model type {config.model_type!r} has a sliding window that its layers do not tell of")
+    rows, columns = np.nonzero(np.asarray(batch.mask))
+    return hidden[torch.tensor(shared.place[rows, columns - 1], device=model.device)]
 
 # %% ../../nbs/engine/03_torch.ipynb #05f06be9
 def choose(
@@ -326,6 +432,7 @@ class _Loaded:
         dtype: str | None = None,          # None: float32 on a CPU, else the snapshot's
         seed: int = 0,                     # for fresh adapters and for dropout
         threads: int | None = None,        # CPU threads of the whole process; None: leave as it is
+        autocast: str | None = None,       # "bfloat16": matrix products of scoring and training in fewer bits
     ):
         if threads:
             torch.set_num_threads(threads)
@@ -343,7 +450,14 @@ class _Loaded:
             self._wrapper, self._layers = add_adapters(self.model, self.lora, seed, tensors)
         self.head = Head(self.model)
         self.vocab = self.head.vocab
+        self.can_share, self.autocast = False, None
         check_scores(self)
+        self.can_share = check_sharing(self, 1e-3 if self.model.dtype == torch.float32 else 0.25)
+        self.autocast = autocast
+
+    def _precision(self):
+        "The context in which the model is called where a loss is taken."
+        return torch.autocast(self.device.type, getattr(torch, self.autocast)) if self.autocast else nullcontext()
 
     def __repr__(self) -> str:
         if self.model is None:
@@ -385,19 +499,23 @@ def check_scores(policy) -> None:
 # %% ../../nbs/engine/03_torch.ipynb #89e1d2e0
 class _Scoring(_Loaded):
     "score, entropy, hidden_states, generate."
+    share: bool | None = None  # read common prefixes once: None where it pays, True wherever there are some, False never
 
     def _targets(self, batch: Batch, model: nn.Module | None = None) -> tuple[Batch, torch.Tensor, torch.Tensor]:
         "The batch, checked, as tensors; hidden states (N, D) before its targets; their ids (N,)."
-        used = check_batch(batch, self.max_length, self.vocab)
+        used, model = check_batch(batch, self.max_length, self.vocab), model or self.model
+        shared = worth_sharing(batch, self.share) if self.can_share else None
+        states = None if shared is None else shared_states(model, batch, shared)
         batch = batch.convert(lambda x: torch.tensor(np.asarray(x), device=self.device))
-        positions = None if batch.positions is None else batch.positions[:, :used].long()
-        states = target_states(model or self.model, batch.ids[:, :used], batch.mask[:, :used], positions)
+        if states is None:
+            positions = None if batch.positions is None else batch.positions[:, :used].long()
+            states = target_states(model, batch.ids[:, :used], batch.mask[:, :used], positions)
         return batch, states, batch.ids[batch.mask].long()
 
     @torch.no_grad()
     def score(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
         "Log-probabilities (B, T) float32 in nats, 0 where the mask is False; raises `ModelError` beyond the window."
-        with self._reference() if reference else nullcontext((self.model, self.head)) as (model, head):
+        with self._precision(), self._reference() if reference else nullcontext((self.model, self.head)) as (model, head):
             batch, states, targets = self._targets(batch, model)
             logps = target_logps(head, states, targets)
         return scatter(logps, batch.mask).cpu().numpy()
@@ -405,9 +523,10 @@ class _Scoring(_Loaded):
     @torch.no_grad()
     def entropy(self, batch: Batch) -> np.ndarray:
         "Entropy (B, T) in nats of the distribution that each target was drawn from, 0 elsewhere."
-        batch, states, _ = self._targets(batch)
-        parts = [torch.special.entr(self.head(h).softmax(-1)).sum(-1)
-                 for h in states.split(max(1, CHUNK_BYTES // (4 * self.vocab)))]
+        with self._precision():
+            batch, states, _ = self._targets(batch)
+            parts = [torch.special.entr(self.head(h).softmax(-1)).sum(-1)
+                     for h in states.split(max(1, CHUNK_BYTES // (4 * self.vocab)))]
         return scatter(torch.cat(parts), batch.mask).cpu().numpy()
 
     @torch.no_grad()
@@ -435,7 +554,7 @@ class _Learning(_Scoring):
 
     def backward(self, batch: Batch, objective: Objective, scale: float = 1.0) -> tuple[float, dict[str, tuple[float, float]]]:
         "Add the gradient of scale * loss to what is accumulated; returns the unscaled loss and the metrics."
-        with self._dropout():
+        with self._dropout(), self._precision():
             batch, states, targets = self._targets(batch)
             logps = target_logps(self.head, states, targets)
         loss, metrics = objective(scatter(logps, batch.mask), batch)
