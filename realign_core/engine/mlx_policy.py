@@ -492,7 +492,8 @@ class _Loaded:
             return f"{type(self).__name__}({self.source}, closed)"
         size = sum(w.size for _, w in tree_flatten(self._model.parameters())) / 1e6
         how = f"LoRA rank {self.lora.rank}" if self.lora else "all weights train"
-        return f"{type(self).__name__}({self.source}, {size:.2f}M parameters, {how}, {str(self._dtype).removeprefix('mlx.core.')})"
+        kind = str(self._dtype).removeprefix("mlx.core.")
+        return f"{type(self).__name__}({self.source}, {size:.2f}M parameters, {how}, {kind})"
 
     def freeze_reference(self) -> None:
         "Take the present weights as the reference. With adapters it is the base model: nothing is copied."

@@ -494,7 +494,8 @@ def _class(backend: str, head: str | None, folder: Path, adapter: str | Path | N
     from realign_core.engine.adapters import read_score
     if head not in (None, "reward"):
         raise ModelError(f"unknown head {head!r}; wanted 'reward', or None for what the snapshot has")
-    found = is_reward(json.loads((folder / "config.json").read_text())) or (adapter is not None and read_score(adapter) is not None)
+    found = is_reward(json.loads((folder / "config.json").read_text()))
+    found = found or (adapter is not None and read_score(adapter) is not None)
     return {"torch": "Torch", "mlx": "MLX"}[backend] + ("Reward" if head or found else "Policy")
 
 
@@ -504,10 +505,10 @@ def load(
     *,
     lora: LoRA | int | None = None,            # adapters to add: a `LoRA`, a rank, or None for full fine-tuning
     adapter: str | Path | None = None,         # folder of a saved adapter, PEFT's layout or mlx-lm's
+    head: str | None = None,                   # "reward": a scalar head; None: what the snapshot or the adapter has
     dtype: str | None = None,                  # "float32", "bfloat16", "float16"; None: float32 on a CPU, else the snapshot's
     seed: int = 0,                             # for new adapters, a new head and dropout
     threads: int | None = None,                # CPU threads; None: REALIGN_THREADS, else all cores
-    head: str | None = None,                   # "reward": a scalar head; None: what the snapshot or the adapter has
 ) -> Policy:
     "A policy on the chosen framework; raises `ModelError` or `BackendError` with what to do."
     backend = pick_backend(backend)

@@ -345,13 +345,9 @@ class _Loaded:
         self.lora, tensors = read_adapter(adapter) if adapter is not None else (lora, None)
         if self.lora is not None:
             self._wrapper, self._layers = add_adapters(self.model, self.lora, seed, tensors)
-        self._put_head()
-        self.vocab = self.model.config.get_text_config().vocab_size
-        check_scores(self)
-
-    def _put_head(self) -> None:
-        "What comes after the backbone."
         self.head = Head(self.model)
+        self.vocab = self.head.vocab
+        check_scores(self)
 
     def __repr__(self) -> str:
         if self.model is None:
@@ -523,7 +519,7 @@ class TorchPolicy(_Learning):
             return
         self.model = self._wrapper.merge_and_unload().requires_grad_(True)
         self.lora, self._wrapper, self._layers, self._optimizer = None, None, {}, None
-        self._put_head()
+        self.head = Head(self.model)
 
     def save_state(self, folder: str | Path) -> None:
         "Write trainable weights, optimiser and random state, for an exact resume; raises `OutputError`."
@@ -555,6 +551,8 @@ class TorchReward(TorchPolicy):
 
     def __init__(self, folder: str | Path, *, adapter: str | Path | None = None, **settings):
         super().__init__(folder, adapter=adapter, **settings)
+        self.model.score.requires_grad_(True)  # peft freezes it
+        self.model.config.pad_token_id = self.pad_id = reward_config(self.config, self.tokenizer)["pad_token_id"]
         if adapter is not None or not is_reward(self.config):
             score = read_score(adapter) if adapter is not None else None
             score = first_score(self.model.score.in_features, self.seed) if score is None else score
@@ -563,15 +561,12 @@ class TorchReward(TorchPolicy):
             with torch.no_grad():
                 self.model.score.weight.copy_(torch.from_numpy(score))
 
-    def _put_head(self) -> None:
-        self.model.score.requires_grad_(True)  # peft freezes it
-        self.model.config.pad_token_id = self.pad_id = reward_config(self.config, self.tokenizer)["pad_token_id"]
-
     def _rewards(self, batch: Batch) -> tuple[Batch, torch.Tensor]:
         "The batch, checked, as tensors; rewards (B, T) at the last tokens, 0 elsewhere."
         last = last_tokens(batch, self.pad_id)
         used = check_batch(batch, self.max_length, self.vocab, columns=int(np.flatnonzero(last.any(0)).max()) + 1)
-        batch, last = batch.convert(lambda x: torch.tensor(np.asarray(x), device=self.device)), torch.tensor(last, device=self.device)
+        batch = batch.convert(lambda x: torch.tensor(np.asarray(x), device=self.device))
+        last = torch.tensor(last, device=self.device)
         hidden = self.model.base_model(input_ids=batch.ids[:, :used], use_cache=False).last_hidden_state
         return batch, scatter(self.model.score(hidden[last[:, :used]])[:, 0].float(), last)
 
