@@ -20,7 +20,7 @@ from ..errors import ModelError, OutputError
 from .policy import LoRA
 
 # %% auto #0
-__all__ = ['Tensors', 'CONFIG', 'WEIGHTS', 'staged_folder', 'write_adapter', 'read_adapter', 'read_safetensors',
+__all__ = ['Tensors', 'CONFIG', 'WEIGHTS', 'staged_folder', 'write_adapter', 'read_adapter', 'read_safetensors', 'read_score',
            'convert_adapter']
 
 # %% ../../nbs/engine/06_adapters.ipynb #2871d249
@@ -29,6 +29,8 @@ Tensors = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray | None]]  # path ->
 CONFIG = "adapter_config.json"
 WEIGHTS = {"peft": "adapter_model.safetensors", "mlx": "adapters.safetensors"}
 _PREFIX = "base_model.model."
+_SCORE = f"{_PREFIX}score.weight"                                    # the head of a reward model
+_REWARD = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}     # how PEFT says that there is one
 
 # %% ../../nbs/engine/06_adapters.ipynb #4306ea35
 @contextmanager
@@ -71,16 +73,21 @@ def write_adapter(
     lora: LoRA,          # rank, alpha, dropout, targets
     tensors: Tensors,    # path -> (A (r, in), B (out, r), m (out,) or None)
     base: str | Path,    # name or folder of the base model, written into the config
+    score: np.ndarray | None = None,  # (1, D) weight of a reward model's head, which only PEFT's layout has room for
 ) -> Path:               # the folder
     "Write an adapter that `peft` (or `mlx_lm`) loads unchanged; raises `ModelError` or `OutputError`."
     from safetensors.numpy import save_file
     if layout not in WEIGHTS:
         raise ModelError(f"unknown adapter layout {layout!r}; wanted 'peft' or 'mlx'")
+    if layout == "mlx" and score is not None:
+        raise ModelError("mlx-lm's layout has no room for a reward model's head; wanted layout 'peft'")
     pack, config = (_peft_arrays, _peft_config) if layout == "peft" else (_mlx_arrays, _mlx_config)
     with staged_folder(folder) as stage:
-        arrays = {name: np.ascontiguousarray(array) for name, array in pack(tensors).items()}
+        arrays = pack(tensors) | ({} if score is None else {_SCORE: score})
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         save_file(arrays, stage / WEIGHTS[layout], metadata={"format": "pt"})
-        (stage / CONFIG).write_text(json.dumps(config(lora, tensors, str(base)), indent=2) + "\n")
+        settings = config(lora, tensors, str(base)) | ({} if score is None else _REWARD)
+        (stage / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     return Path(folder).expanduser()
 
 # %% ../../nbs/engine/06_adapters.ipynb #f22b9225
@@ -204,6 +211,8 @@ def _from_peft(folder: Path, config: dict, arrays: dict[str, np.ndarray]) -> tup
     place = folder / CONFIG
     if config["peft_type"] != "LORA":
         raise ModelError(f"{place}: peft_type is {config['peft_type']!r}; wanted 'LORA'")
+    if config.get("task_type") == "SEQ_CLS" and _SCORE in arrays:  # read by `read_score`
+        config, arrays = config | {"modules_to_save": None}, {k: v for k, v in arrays.items() if k != _SCORE}
     for key, plain in _UNSUPPORTED.items():
         if config.get(key) and config[key] != plain:
             raise ModelError(f"{place}: {key} = {config[key]!r} is not supported; wanted {plain!r}")
@@ -284,6 +293,21 @@ def _check_shapes(folder: Path, lora: LoRA, tensors: Tensors) -> None:
         if m is not None and m.shape != (b.shape[0],):
             raise ModelError(f"{folder}: layer {path} has a magnitude of shape {m.shape}; wanted ({b.shape[0]},)")
 
+# %% ../../nbs/engine/06_adapters.ipynb #c5c499f2
+def read_score(
+    folder: str | Path,     # a saved adapter
+) -> np.ndarray | None:     # (1, D) float32; None when the adapter is not a reward model's
+    "The head of a reward model's adapter; raises `ModelError` when it ought to have one and has not."
+    folder = Path(folder).expanduser()
+    config = _read_config(folder)
+    if config.get("task_type") != "SEQ_CLS":
+        return None
+    score = _read_arrays(folder, "peft").get(_SCORE)
+    if score is None or score.ndim != 2 or len(score) != 1:
+        found = "nothing" if score is None else f"shape {score.shape}"
+        raise ModelError(f"{folder}: {_SCORE} of a reward model's adapter: found {found}; wanted shape (1, width)")
+    return score
+
 # %% ../../nbs/engine/06_adapters.ipynb #8efe3803
 def convert_adapter(
     source: str | Path,             # an adapter in either layout
@@ -294,4 +318,4 @@ def convert_adapter(
     "Rewrite an adapter in the other library's layout; raises `ModelError` or `OutputError`."
     config = _read_config(Path(source).expanduser())
     base = base or config.get("base_model_name_or_path") or config.get("model") or ""
-    return write_adapter(target, layout, *read_adapter(source), base)
+    return write_adapter(target, layout, *read_adapter(source), base, read_score(source))

@@ -17,17 +17,17 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .adapters import Tensors, read_adapter, write_adapter
+from .adapters import Tensors, read_adapter, read_score, write_adapter
 from .batching import Shared, check_sharing, worth_sharing
 from .blas import prepare_mlx
 from .encoding import load_tokenizer, stop_tokens
 from .policy import (
-    CHUNK_BYTES, AdamW, Batch, Completion, LoRA, Objective, Written, check_batch, chosen_points, complete, left_padded,
-    matching_layers, read_state, window, write_snapshot, write_state)
+    CHUNK_BYTES, AdamW, Batch, Completion, LoRA, Objective, Written, check_batch, chosen_points, complete, first_score,
+    is_reward, last_tokens, left_padded, matching_layers, read_state, reward_config, window, write_snapshot, write_state)
 from ..errors import ModelError, TrainingError
 
 # %% auto #0
-__all__ = ['rope_settings', 'adamw', 'MLXPolicy']
+__all__ = ['rope_settings', 'adamw', 'MLXPolicy', 'MLXReward']
 
 # %% ../../nbs/engine/04_mlx.ipynb #022262d5
 def rope_settings(
@@ -43,11 +43,12 @@ def rope_settings(
     return extra
 
 # %% ../../nbs/engine/04_mlx.ipynb #22fa92d6
-def _load_model(folder: Path, config: dict, dtype: str | None) -> nn.Module:
-    "The mlx-lm model of a snapshot; raises `ModelError`."
+def _load_model(folder: Path, config: dict, dtype: str | None, reward: bool = False) -> nn.Module:
+    "The mlx-lm model of a snapshot, with a scalar head if wanted; raises `ModelError`."
     from mlx_lm.utils import load_model
+    classes = {"get_model_classes": _scalar_classes} if reward else {}
     try:
-        model, _ = load_model(folder, strict=True, model_config=rope_settings(config))
+        model, _ = load_model(folder, strict=True, model_config=rope_settings(config), **classes)
     except (ValueError, TypeError, KeyError, RuntimeError, FileNotFoundError) as error:
         raise ModelError(f"{folder}: mlx-lm cannot load this model ({error})") from error
     if "quantization" not in config:
@@ -61,6 +62,25 @@ def _load_model(folder: Path, config: dict, dtype: str | None) -> nn.Module:
         _use_tanh_gelu(model)
     model.eval()
     return model
+
+# %% ../../nbs/engine/04_mlx.ipynb #13fdf2e7
+def _scalar_classes(config: dict) -> tuple[type, type]:
+    "mlx-lm's classes of model and settings, with `score` (D -> 1) where the language-model head was."
+    from mlx_lm.utils import _get_classes
+    kind, settings = _get_classes(config)
+
+    class Scalar(kind):
+        def __init__(self, args):
+            super().__init__(args)
+            self.pop("lm_head", None)
+            self.score = nn.Linear(config["hidden_size"], 1, bias=False)
+
+        def sanitize(self, weights):
+            weights = super().sanitize(weights) if hasattr(kind, "sanitize") else dict(weights)
+            fresh = {} if is_reward(config) else {"score.weight": self.score.weight}
+            return fresh | {name: w for name, w in weights.items() if name != "lm_head.weight"}
+
+    return Scalar, settings
 
 # %% ../../nbs/engine/04_mlx.ipynb #be9534e7
 def _use_tanh_gelu(model: nn.Module) -> None:
@@ -495,7 +515,7 @@ def _check_names(arrays: dict[str, mx.array], folder: Path) -> None:
 # %% ../../nbs/engine/04_mlx.ipynb #388b03e8
 class _Loaded:
     "Model, tokenizer, adapters, reference."
-    backend = "mlx"
+    backend, reward = "mlx", False
 
     def __init__(self,
         folder: str | Path,                # a snapshot, as `find_snapshot` returns it
@@ -513,10 +533,11 @@ class _Loaded:
         self.tokenizer = load_tokenizer(self.folder)
         self._template = self.tokenizer.chat_template
         self.stops = stop_tokens(self.tokenizer, self.folder)
-        self._model = _load_model(self.folder, self.config, dtype)
+        self._model = _load_model(self.folder, self.config, dtype, self.reward)
         self.max_length, self.vocab = window(self.config), self.config["vocab_size"]
-        self._head = _Head(self._model)
-        _check_head(self._model, self._head, self.folder)
+        if not self.reward:
+            self._head = _Head(self._model)
+            _check_head(self._model, self._head, self.folder)
         self._dtype = self._model.model.embed_tokens(mx.array([0])).dtype
         self._window = _sliding_window(self.config)
         self._reference: dict[str, mx.array] | None = None
@@ -525,14 +546,15 @@ class _Loaded:
             raise ModelError(f"{self.folder}: a quantised model can only be trained through adapters; give lora=")
         self._adapters = _add_adapters(self._model, self.lora, seed, tensors) if self.lora is not None else {}
         self.configure(AdamW())
-        self.can_share = check_sharing(self, 1e-3 if self._dtype == mx.float32 else 0.25)
+        self.can_share = not self.reward and check_sharing(self, 1e-3 if self._dtype == mx.float32 else 0.25)
 
     def __repr__(self) -> str:
         if self._model is None:
-            return f"MLXPolicy({self.source}, closed)"
+            return f"{type(self).__name__}({self.source}, closed)"
         size = sum(w.size for _, w in tree_flatten(self._model.parameters())) / 1e6
         how = f"LoRA rank {self.lora.rank}" if self.lora else "all weights train"
-        return f"MLXPolicy({self.source}, {size:.2f}M parameters, {how}, {str(self._dtype).removeprefix('mlx.core.')})"
+        kind = str(self._dtype).removeprefix("mlx.core.")
+        return f"{type(self).__name__}({self.source}, {size:.2f}M parameters, {how}, {kind})"
 
     def freeze_reference(self) -> None:
         "Take the present weights as the reference. With adapters it is the base model: nothing is copied."
@@ -617,7 +639,8 @@ def _peft_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     "Arrays of adapters under the names of PEFT's file, in its orientation."
     suffix = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
     parts = {name: name.rpartition(".") for name in arrays}
-    return {f"base_model.model.{path}.{suffix[end]}": arrays[name].T for name, (path, _, end) in parts.items()}
+    return {f"base_model.model.{path}.{suffix.get(end, end)}": arrays[name].T if end in suffix else arrays[name]
+            for name, (path, _, end) in parts.items()}
 
 # %% ../../nbs/engine/04_mlx.ipynb #298d94f0
 class _Learning(_Scoring):
@@ -686,15 +709,21 @@ class MLXPolicy(_Learning):
     def save(self, folder: str | Path, layout: str | None = None) -> Path:
         "Write the adapter ('peft' or 'mlx'; default 'mlx') or, without adapters, a whole snapshot."
         if self.lora is not None:
-            return write_adapter(folder, layout or "mlx", self.lora, self._tensors(), self.source)
+            return write_adapter(folder, layout or ("peft" if self.reward else "mlx"), self.lora, self._tensors(), self.source,
+                                 self._score())
         if layout is not None:
             raise ModelError(f"layout={layout!r} is for adapters, and this policy has none; leave it out")
         arrays = dict(tree_flatten(self._model.parameters()))
-        _check_names(arrays, self.folder)
+        _check_names({name: w for name, w in arrays.items() if name != "score.weight"}, self.folder)
         theta = {k: v for k, v in rope_settings(self.config).items() if k == "rope_theta"}  # where mlx-lm's models look for it
         tokenizer = None if self.tokenizer.chat_template == self._template else self.tokenizer
         return write_snapshot(folder, self.folder, lambda stage: _write_arrays(arrays, stage / "model.safetensors"),
-                              str(self._dtype).removeprefix("mlx.core."), tokenizer, **theta)
+                              str(self._dtype).removeprefix("mlx.core."), tokenizer, **theta,
+                              **(reward_config(self.config, self.tokenizer) if self.reward else {}))
+
+    def _score(self) -> np.ndarray | None:
+        "The weights (1, D) of a scalar head."
+        return np.array(self._model.score.weight.astype(mx.float32)) if self.reward else None
 
     def _tensors(self) -> Tensors:
         "The adapters as float32 arrays."
@@ -735,3 +764,46 @@ class MLXPolicy(_Learning):
         self._model = self._head = self._reference = self._optimizer = None
         self._adapters, self._grads = {}, {}
         mx.clear_cache()
+
+# %% ../../nbs/engine/04_mlx.ipynb #3cb9b0d5
+class MLXReward(MLXPolicy):
+    "An mlx-lm backbone with a scalar head: `score` gives rewards, and there is no text."
+    reward = True
+
+    def __init__(self, folder: str | Path, *, adapter: str | Path | None = None, **settings):
+        super().__init__(folder, adapter=adapter, **settings)
+        self.pad_id, head = reward_config(self.config, self.tokenizer)["pad_token_id"], self._model.score
+        if adapter is not None or not is_reward(self.config):
+            score = read_score(adapter) if adapter is not None else None
+            score = first_score(head.weight.shape[1], self.seed) if score is None else score
+            if score.shape != head.weight.shape:
+                raise ModelError(f"{adapter}: the head has shape {score.shape}; wanted {head.weight.shape}")
+            head.weight = mx.array(score).astype(self._dtype)
+        head.unfreeze()  # adapters freeze it
+
+    def _arrays(self, batch: Batch) -> tuple[Batch, mx.array, int]:
+        "The batch, checked, as MLX arrays; the flat places of the last tokens (B,); columns up to the last of them."
+        last = last_tokens(batch, self.pad_id)
+        used = check_batch(batch, self.max_length, self.vocab, columns=int(np.flatnonzero(last.any(0)).max()) + 1)
+        return batch.convert(mx.array), mx.array(np.flatnonzero(last).astype(np.int32)), used
+
+    def _at_targets(self, function: Callable, batch: Batch, places: mx.array, used: int, training: bool = False) -> mx.array:
+        "Rewards at the last tokens, 0 elsewhere; the function of logits has nothing to do."
+        rows, columns = batch.ids.shape
+        hidden = self._hidden(batch, used).reshape(rows * used, -1)[places // columns * used + places % columns]
+        values = self._model.score(hidden)[:, 0].astype(mx.float32)
+        return mx.zeros(batch.ids.size).at[places].add(values).reshape(rows, columns)
+
+    def score(self, batch: Batch, *, reference: bool = False) -> np.ndarray: # (B, T) float32
+        "Rewards at each row's last token, 0 elsewhere; raises `ModelError` beyond the window."
+        if reference:
+            raise ModelError("a reward model has no reference")
+        return super().score(batch)
+
+    def entropy(self, batch: Batch) -> np.ndarray:
+        "A reward model gives no probabilities."
+        raise ModelError("a reward model gives no probabilities of tokens")
+
+    def generate(self, prompts: list[list[int]], **settings) -> list[list[Completion]]:
+        "A reward model writes nothing."
+        raise ModelError("a reward model writes no text; generate with a policy and score with this")

@@ -25,7 +25,7 @@ from ..errors import BackendError, CheckpointError, ModelError
 __all__ = ['Objective', 'CHUNK_BYTES', 'BACKENDS', 'SHIPPED', 'Batch', 'Completion', 'LoRA', 'AdamW', 'Policy', 'window',
            'check_packing', 'check_batch', 'chosen_points', 'check_generation', 'sampling_noise', 'left_padded',
            'Written', 'complete', 'matching_layers', 'write_state', 'read_state', 'pick_backend', 'find_snapshot',
-           'write_snapshot', 'load']
+           'write_snapshot', 'last_tokens', 'first_score', 'is_reward', 'reward_config', 'load']
 
 # %% ../../nbs/engine/02_policy.ipynb #499dc877
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ class Policy(Protocol):
     vocab: int                # ids that the model knows: 0 to vocab - 1
     stops: set[int]           # ids at which a completion ends
     seed: int                 # of fresh adapters and of dropout
+    reward: bool              # True: `score` gives rewards and there is no text, see "A scalar head"
 
     def score(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
         "Log-probabilities (B, T) float32 in nats, 0 where the mask is False; no gradient."
@@ -446,15 +447,67 @@ def write_snapshot(
             path.unlink()
     return folder
 
+# %% ../../nbs/engine/02_policy.ipynb #cea4ccc5
+def last_tokens(
+    batch: Batch,   # of NumPy arrays; no row is packed
+    pad_id: int,    # the snapshot's padding token
+) -> np.ndarray:    # (B, T) bool, True once in each row
+    "Where a reward is read: the last token up to the row's last target that is not padding; raises `ModelError`."
+    ids, mask = np.asarray(batch.ids), np.asarray(batch.mask)
+    if batch.segments is not None:
+        raise ModelError("a reward model reads one sequence per row; found a packed batch")
+    if not mask.any(axis=1).all():
+        raise ModelError(f"sequence {int(np.flatnonzero(~mask.any(axis=1))[0])} has no target, so its end is not known")
+    columns = np.arange(ids.shape[1])
+    ends = np.where(mask, columns, 0).max(axis=1, keepdims=True)
+    last = np.where((ids != pad_id) & (columns <= ends), columns, 0).max(axis=1)
+    return columns == last[:, None]
+
+# %% ../../nbs/engine/02_policy.ipynb #5ab8eeb1
+def first_score(width: int, seed: int) -> np.ndarray: # (1, width) float32
+    "The weights of a fresh scalar head: normal with deviation 0.02."
+    return np.random.default_rng([seed, zlib.crc32(b"score")]).normal(0, 0.02, (1, width)).astype(np.float32)
+
+
+def is_reward(config: dict) -> bool:
+    "Does a config.json describe a sequence classifier? Raises `ModelError` when it has more than one label."
+    if not any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
+        return False
+    labels = len(config.get("id2label") or range(config.get("num_labels", 2)))
+    if labels != 1:
+        raise ModelError(f"a classifier with {labels} labels is no reward model; wanted one label")
+    return True
+
+
+def reward_config(config: dict, tokenizer: Any) -> dict:
+    "What changes in config.json for a scalar head; raises `ModelError` for a model that is no plain language model."
+    names = [name.replace("ForCausalLM", "ForSequenceClassification") for name in config.get("architectures") or ()]
+    if not is_reward({"architectures": names, "num_labels": 1}):
+        raise ModelError(f"architecture {names} cannot have a scalar head; wanted …ForCausalLM or …ForSequenceClassification")
+    pad = next(x for x in (config.get("pad_token_id"), tokenizer.pad_token_id, tokenizer.eos_token_id) if x is not None)
+    label = {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    return {"architectures": names, "num_labels": 1, "problem_type": None, "pad_token_id": pad, **label}
+
 # %% ../../nbs/engine/02_policy.ipynb #aa1d4ed1
+def _class(backend: str, head: str | None, folder: Path, adapter: str | Path | None) -> str:
+    "Name of the class to load; raises `ModelError` for an unknown head."
+    from realign_core.engine.adapters import read_score
+    if head not in (None, "reward"):
+        raise ModelError(f"unknown head {head!r}; wanted 'reward', or None for what the snapshot has")
+    found = is_reward(json.loads((folder / "config.json").read_text()))
+    found = found or (adapter is not None and read_score(adapter) is not None)
+    return {"torch": "Torch", "mlx": "MLX"}[backend] + ("Reward" if head or found else "Policy")
+
+
 def load(
     source: str | Path = "tinyworld-instruct", # shipped name, folder, or hub id
     backend: str = "auto",                     # "auto", "torch" or "mlx"
     *,
     lora: LoRA | int | None = None,            # adapters to add: a `LoRA`, a rank, or None for full fine-tuning
     adapter: str | Path | None = None,         # folder of a saved adapter, PEFT's layout or mlx-lm's
+    head: str | None = None,                   # "reward": a scalar head; None: what the snapshot or the adapter has
     dtype: str | None = None,                  # "float32", "bfloat16", "float16"; None: float32 on a CPU, else the snapshot's
-    seed: int = 0,                             # for new adapters and dropout
+    seed: int = 0,                             # for new adapters, a new head and dropout
     threads: int | None = None,                # CPU threads; None: REALIGN_THREADS, else all cores
     autocast: str | None = None,               # torch: "bfloat16" does matrix products of training in fewer bits
 ) -> Policy:
@@ -467,11 +520,8 @@ def load(
     if lora is not None and adapter is not None:
         raise ModelError("give either lora= (new adapters) or adapter= (saved ones), not both")
     threads = threads or int(os.environ.get("REALIGN_THREADS", 0)) or None
-    if backend == "torch":
-        from realign_core.engine.torch_policy import TorchPolicy as cls
-    else:
-        from realign_core.engine.mlx_policy import MLXPolicy as cls
     if autocast is not None and (backend, autocast) != ("torch", "bfloat16"):
         raise ModelError(f"autocast={autocast!r} on {backend}; it is there on torch alone, as 'bfloat16' (on MLX use dtype=)")
     more = {"autocast": autocast} if autocast else {}
+    cls = getattr(importlib.import_module(f"realign_core.engine.{backend}_policy"), _class(backend, head, folder, adapter))
     return cls(folder, source=str(source), lora=lora, adapter=adapter, dtype=dtype, seed=seed, threads=threads, **more)

@@ -20,18 +20,18 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ModelError, TrainingError
-from .adapters import Tensors, read_adapter, write_adapter
+from .adapters import Tensors, read_adapter, read_score, write_adapter
 from .batching import Shared, check_sharing, worth_sharing
 from .encoding import load_tokenizer, quiet, stop_tokens
 from .policy import (
-    CHUNK_BYTES, AdamW, Batch, Completion, LoRA, Objective, Written, check_batch, chosen_points, complete, left_padded,
-    matching_layers, read_state, window, write_snapshot, write_state)
+    CHUNK_BYTES, AdamW, Batch, Completion, LoRA, Objective, Written, check_batch, chosen_points, complete, first_score,
+    is_reward, last_tokens, left_padded, matching_layers, read_state, reward_config, window, write_snapshot, write_state)
 
 # %% auto #0
 __all__ = ['pick_device', 'own_random', 'load_model', 'target_states', 'Head', 'target_logps', 'frozen_head_logps', 'scatter',
            'Reading', 'attend', 'shared_states', 'choose', 'nucleus', 'prefill', 'decode', 'adapted_layers',
            'add_adapters', 'layer_parameters', 'write_layer', 'residual_stream', 'Optimizer', 'check_scores',
-           'TorchPolicy']
+           'TorchPolicy', 'TorchReward']
 
 # %% ../../nbs/engine/03_torch.ipynb #cecdbe8c
 def pick_device() -> torch.device:
@@ -50,9 +50,11 @@ def load_model(
     folder: str | Path,           # a Hugging Face snapshot
     dtype: str | None = None,     # "float32", "bfloat16", "float16"; None: float32 on a CPU, else the snapshot's
     device: torch.device | None = None,
+    reward: bool = False,         # a scalar head (`score`, random unless stored) in place of the language model's
 ) -> nn.Module:
-    "A causal language model in evaluation mode; raises `ModelError` with what is wrong."
-    from transformers import AutoConfig, AutoModelForCausalLM
+    "A causal language model, or a reward model, in evaluation mode; raises `ModelError` with what is wrong."
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    auto, label = (AutoModelForSequenceClassification, {"num_labels": 1}) if reward else (AutoModelForCausalLM, {})
     device = device or pick_device()
     kind = getattr(torch, dtype) if dtype else torch.float32 if device.type == "cpu" else "auto"
     local = dict(local_files_only=True, trust_remote_code=False)
@@ -61,12 +63,13 @@ def load_model(
             config = AutoConfig.from_pretrained(folder, **local)
             # the fused kernel cannot cap attention scores, which Gemma 2 needs
             attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=kind, attn_implementation=attention, use_safetensors=True, output_loading_info=True, **local)
+            with own_random(device):
+                model, report = auto.from_pretrained(folder, dtype=kind, attn_implementation=attention, use_safetensors=True,
+                                                     output_loading_info=True, **label, **local)
     except Exception as error:  # transformers raises many kinds, also its own
         raise ModelError(f"{folder}: transformers cannot load this snapshot ({type(error).__name__}: {error})") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    fresh = {"score.weight"} if reward and not is_reward(config.to_dict()) else set()
+    if missing := sorted(set(report["missing_keys"]) - fresh):
         raise ModelError(f"{folder}: {len(missing)} weights are missing from the snapshot, the first is {missing[0]}")
     return model.to(device).eval()
 
@@ -302,7 +305,8 @@ def adapted_layers(
 ) -> list[str]:
     "Paths of the linear layers that match; raises `ModelError` listing what the model has when a target matches none."
     tied = model.get_output_embeddings() if model.config.get_text_config().tie_word_embeddings else None
-    linear = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not tied]
+    linear = [path for path, layer in model.named_modules()
+              if isinstance(layer, nn.Linear) and layer is not tied and path != "score"]
     return matching_layers(linear, targets)
 
 # %% ../../nbs/engine/03_torch.ipynb #63c1a040
@@ -320,7 +324,7 @@ def add_adapters(
         warnings.simplefilter("ignore")                        # and uses names that transformers is about to change
         wrapper = get_peft_model(model, LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=paths, use_dora=lora.dora,
-            bias="none", task_type="CAUSAL_LM"))
+            bias="none"))
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     for path, layer in layers.items():
         a = lora.initial_a(path, layer.in_features, seed)
@@ -421,7 +425,7 @@ class Optimizer:
 # %% ../../nbs/engine/03_torch.ipynb #63184a40
 class _Loaded:
     "Model, tokenizer, adapters, reference."
-    backend = "torch"
+    backend, reward = "torch", False
 
     def __init__(self,
         folder: str | Path,                # a snapshot, as `find_snapshot` returns it
@@ -441,7 +445,7 @@ class _Loaded:
         self.tokenizer = load_tokenizer(self.folder)
         self._template = self.tokenizer.chat_template
         self.stops = stop_tokens(self.tokenizer, self.folder)
-        self.model = load_model(folder, dtype, self.device)
+        self.model = load_model(folder, dtype, self.device, self.reward)
         self.max_length = window(self.model.config.get_text_config().to_dict())
         self._frozen = self._optimizer = self._wrapper = None
         self._layers, self._draws = {}, 0
@@ -452,7 +456,7 @@ class _Loaded:
         self.vocab = self.head.vocab
         self.can_share, self.autocast = False, None
         check_scores(self)
-        self.can_share = check_sharing(self, 1e-3 if self.model.dtype == torch.float32 else 0.25)
+        self.can_share = not self.reward and check_sharing(self, 1e-3 if self.model.dtype == torch.float32 else 0.25)
         self.autocast = autocast
 
     def _precision(self):
@@ -461,10 +465,10 @@ class _Loaded:
 
     def __repr__(self) -> str:
         if self.model is None:
-            return f"TorchPolicy({self.source}, closed)"
+            return f"{type(self).__name__}({self.source}, closed)"
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
         how = f"LoRA rank {self.lora.rank}" if self.lora else "all weights train"
-        return f"TorchPolicy({self.source}, {size:.2f}M parameters, {how}, {self.model.dtype}, {self.device})"
+        return f"{type(self).__name__}({self.source}, {size:.2f}M parameters, {how}, {self.model.dtype}, {self.device})"
 
     def freeze_reference(self) -> None:
         "Take the present weights as the reference. With adapters it is the base model: nothing is copied."
@@ -487,6 +491,8 @@ class _Loaded:
 @torch.no_grad()
 def check_scores(policy) -> None:
     "Compare `score` with the model's own logits on eight tokens; raises `ModelError` when they differ."
+    if policy.reward:
+        return  # here `score` is the model's own head
     ids = np.random.default_rng(0).integers(0, policy.vocab, (1, 8), dtype=np.int32)
     mask = np.arange(8)[None] > 0
     logits = policy.model(torch.from_numpy(ids).long().to(policy.device), use_cache=False).logits[0, :-1].float()
@@ -609,11 +615,15 @@ class TorchPolicy(_Learning):
     def save(self, folder: str | Path, layout: str | None = None) -> Path:
         "Write the adapter ('peft', the default, or 'mlx') or, without adapters, a whole snapshot; raises `OutputError`."
         if self.lora is not None:
-            return write_adapter(folder, layout or "peft", self.lora, self._tensors(), self.source)
+            return write_adapter(folder, layout or "peft", self.lora, self._tensors(), self.source, self._score())
         tokenizer = None if self.tokenizer.chat_template == self._template else self.tokenizer
         with quiet():
             return write_snapshot(folder, self.folder, self.model.save_pretrained, str(self.model.dtype).removeprefix("torch."),
-                                  tokenizer)
+                                  tokenizer, **(reward_config(self.config, self.tokenizer) if self.reward else {}))
+
+    def _score(self) -> np.ndarray | None:
+        "The weights (1, D) of a scalar head."
+        return self.model.score.weight.detach().float().cpu().numpy().copy() if self.reward else None
 
     def _tensors(self) -> Tensors:
         "The adapters as float32 arrays."
@@ -652,3 +662,57 @@ class TorchPolicy(_Learning):
         self._layers = {}
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+# %% ../../nbs/engine/03_torch.ipynb #aa08cd23
+class TorchReward(TorchPolicy):
+    "A transformers sequence classifier with one label: `score` gives rewards, and there is no text."
+    reward = True
+
+    def __init__(self, folder: str | Path, *, adapter: str | Path | None = None, **settings):
+        super().__init__(folder, adapter=adapter, **settings)
+        self.model.score.requires_grad_(True)  # peft freezes it
+        self.model.config.pad_token_id = self.pad_id = reward_config(self.config, self.tokenizer)["pad_token_id"]
+        if adapter is not None or not is_reward(self.config):
+            score = read_score(adapter) if adapter is not None else None
+            score = first_score(self.model.score.in_features, self.seed) if score is None else score
+            if score.shape != tuple(self.model.score.weight.shape):
+                raise ModelError(f"{adapter}: the head has shape {score.shape}; wanted {tuple(self.model.score.weight.shape)}")
+            with torch.no_grad():
+                self.model.score.weight.copy_(torch.from_numpy(score))
+
+    def _rewards(self, batch: Batch) -> tuple[Batch, torch.Tensor]:
+        "The batch, checked, as tensors; rewards (B, T) at the last tokens, 0 elsewhere."
+        last = last_tokens(batch, self.pad_id)
+        used = check_batch(batch, self.max_length, self.vocab, columns=int(np.flatnonzero(last.any(0)).max()) + 1)
+        batch = batch.convert(lambda x: torch.tensor(np.asarray(x), device=self.device))
+        last = torch.tensor(last, device=self.device)
+        hidden = self.model.base_model(input_ids=batch.ids[:, :used], use_cache=False).last_hidden_state
+        return batch, scatter(self.model.score(hidden[last[:, :used]])[:, 0].float(), last)
+
+    @torch.no_grad()
+    def score(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
+        "Rewards (B, T) float32 at each row's last token, 0 elsewhere; raises `ModelError` beyond the window."
+        if reference:
+            raise ModelError("a reward model has no reference")
+        return self._rewards(batch)[1].cpu().numpy()
+
+    def backward(self, batch: Batch, objective: Objective, scale: float = 1.0) -> tuple[float, dict[str, tuple[float, float]]]:
+        "Add the gradient of scale * loss to what is accumulated; returns the unscaled loss and the metrics."
+        with self._dropout():
+            batch, rewards = self._rewards(batch)
+        loss, metrics = objective(rewards, batch)
+        (loss * scale).backward()
+        def number(x): return float(x.detach()) if isinstance(x, torch.Tensor) else float(x)
+        return number(loss), {name: (number(total), number(count)) for name, (total, count) in metrics.items()}
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        found = super()._trainable()
+        return found if self.lora is None else found | {"base_model.model.score.weight": self.model.score.weight}
+
+    def entropy(self, batch: Batch) -> np.ndarray:
+        "A reward model gives no probabilities."
+        raise ModelError("a reward model gives no probabilities of tokens")
+
+    def generate(self, prompts: list[list[int]], **settings) -> list[list[Completion]]:
+        "A reward model writes nothing."
+        raise ModelError("a reward model writes no text; generate with a policy and score with this")

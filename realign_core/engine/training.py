@@ -634,6 +634,8 @@ def fit(
     progress: bool = True,             # show a progress line
 ) -> Run:
     "Train `policy` by `method`; raises `DataError`, `TrainingError`, `CheckpointError` or `OutputError`."
+    if getattr(method, "reward", False) != getattr(policy, "reward", False):
+        raise TrainingError(f"method {method.name!r} wants a policy loaded with head={'reward' if method.reward else None!r}")
     s = _resolve(method, dict(steps=steps, epochs=epochs, batch_size=batch_size, micro_batch=micro_batch, lr=lr,
                               max_length=max_length), schedule)
     folder = open_folder(out) if out is not None else None

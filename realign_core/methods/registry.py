@@ -46,6 +46,7 @@ class Method:
     params: dict[str, Any] = field(default_factory=dict)    # the objective's own settings, e.g. {"beta": 0.1}
     defaults: dict[str, Any] = field(default_factory=dict)  # settings for `fit`: lr, batch_size, …
     reference: bool = False                     # needs log-probs under the frozen reference as extras["ref_logps"]
+    reward: bool = False                        # the objective is of rewards, from a policy loaded with head="reward"
     watch: tuple[str, ...] = ("loss",)          # metrics worth plotting, most telling first
     check: Callable | None = None               # (examples) -> None, before training; raises `DataError` for unfit data
     prepare: Callable | None = None             # (policy, batches, max_length) -> batches with what depends on all of them
