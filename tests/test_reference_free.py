@@ -137,8 +137,8 @@ def test_settings_that_make_no_sense_are_refused(make, bad):
         make(**bad)
 
 
-def test_flipping_moves_scores_with_the_texts():
+def test_flipping_exchanges_the_texts_alone():
     pair = preference_trial(n=4, n_test=1).pairs[0].model_copy(update={"chosen_score": 0.9, "rejected_score": 0.2, "margin": 0.7})
     turned = swapped(pair)
-    assert (turned.chosen, turned.chosen_score, turned.margin) == (pair.rejected, 0.2, -0.7)
+    assert (turned.chosen, turned.chosen_score, turned.margin) == (pair.rejected, 0.9, 0.7)
     assert sum(a is not b for a, b in zip([pair] * 10, flipped([pair] * 10, 0.3), strict=True)) == 3

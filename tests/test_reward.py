@@ -337,8 +337,8 @@ GOOD = {"prompt": "What is 1 plus 1?", "chosen": "2", "rejected": "3, friend."}
     ({"rejected": "2"}, "same"),
     ({"prompt": ""}, "prompt"),
     ({"chosen": " "}, "chosen"),
-    ({"chosen_score": 0.2, "rejected_score": 0.9}, "chosen answer is the worse one"),
-    ({"margin": -0.5}, "chosen answer is the worse one"),
+    ({"chosen_score": 0.2, "rejected_score": 0.9}, "scores contradict the order"),
+    ({"margin": -0.5}, "margin contradicts the order"),
     ({"rejected": "word " * 400}, "longer than"),
 ])
 def test_bad_rows_are_named(change, message, tiny, backend, tmp_path):

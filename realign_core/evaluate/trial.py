@@ -87,19 +87,14 @@ def flipped(
     share: float = 0.5,           # of them that change sides; exactly, not on average
     seed: int = 0,                # which
 ) -> list[Preference]:
-    "The same pairs, a share of them the wrong way round; scores and margin change sides with the texts."
+    "The same pairs, a share of them the wrong way round."
     wrong = np.random.default_rng(seed).permutation(len(pairs)) < round(share * len(pairs))
     return [swapped(pair) if w else pair for pair, w in zip(pairs, wrong, strict=True)]
 
 
 def swapped(pair: Preference) -> Preference:
-    "The pair with its sides exchanged."
-    given = pair.model_dump()
-    sides = {"chosen": "rejected", "rejected": "chosen", "chosen_score": "rejected_score", "rejected_score": "chosen_score"}
-    turned = {sides.get(name, name): value for name, value in given.items()}
-    if turned.get("margin") is not None:
-        turned["margin"] = -turned["margin"]
-    return pair.model_copy(update=turned)
+    "The pair with its texts exchanged. Scores and margin stay: whoever labels wrongly is no less sure of it."
+    return pair.model_copy(update={"chosen": pair.rejected, "rejected": pair.chosen})
 
 # %% ../../nbs/evaluate/01_trial.ipynb #7f118dfa
 def preference_trial(

@@ -12,11 +12,11 @@ from array_api_compat import array_namespace
 
 from ..engine.encoding import Example
 from ..engine.logprobs import k3, log_sigmoid, masked_sum, sequence_logps
-from ..errors import ReAlignError
+from ..errors import DataError, ReAlignError
 from .registry import Card, Method
 
 # %% auto #0
-__all__ = ['KINDS', 'CARD', 'loss', 'pair_metrics', 'objective', 'encode', 'method']
+__all__ = ['KINDS', 'CARD', 'loss', 'pair_metrics', 'objective', 'check_prompt', 'check_pair', 'encode', 'method']
 
 # %% ../../nbs/methods/03_dpo.ipynb #b0f3e9a0
 KINDS = ("sigmoid", "ipo", "cdpo", "robust")
@@ -83,12 +83,37 @@ def objective(
     return xp.mean(each), {**metrics, "drift": (masked_sum(k3(ref, logps), mask), _count(logps, mask))}
 
 # %% ../../nbs/methods/03_dpo.ipynb #ab00f08c
+def check_prompt(
+    prompt: str | list[dict],
+) -> None:
+    "Raise `DataError` for a prompt without text."
+    if not (prompt.strip() if isinstance(prompt, str) else prompt):
+        raise DataError("prompt is empty", field="prompt", found=prompt, wanted="text")
+
+
+def check_pair(
+    row: Any,  # a `Preference` row
+) -> None:
+    "Raise `DataError` for an empty prompt, and for a row whose scores or margin say that the worse answer is better."
+    check_prompt(row.prompt)
+    scores = row.chosen_score, row.rejected_score
+    if None not in scores and scores[0] < scores[1]:
+        raise DataError("the scores contradict the order", field="chosen_score", found=scores,
+                        wanted="chosen_score ≥ rejected_score")
+    if row.margin is not None and row.margin < 0:
+        raise DataError("the margin contradicts the order", field="margin", found=row.margin, wanted="margin ≥ 0")
+
+
 def encode(
     row: Any,      # a `Preference` row
     encoder: Any,  # an `Encoder`
 ) -> Any:          # `Example` with two sequences: chosen, rejected
-    "The prompt with each of its two answers."
-    return Example((encoder.completion(row.prompt, row.chosen), encoder.completion(row.prompt, row.rejected)))
+    "The prompt with each of its two answers; raises `DataError` for a pair that cannot teach what it says."
+    check_pair(row)
+    pair = encoder.completion(row.prompt, row.chosen), encoder.completion(row.prompt, row.rejected)
+    if pair[0].ids.tolist() == pair[1].ids.tolist():
+        raise DataError("chosen and rejected are the same tokens", field="rejected", found=row.rejected, wanted="another answer")
+    return Example(pair)
 
 # %% ../../nbs/methods/03_dpo.ipynb #26d9d50a
 CARD = Card(

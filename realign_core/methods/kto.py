@@ -20,6 +20,7 @@ from ..engine.encoding import Sequence as Tokens
 from ..engine.logprobs import log_sigmoid, sequence_logps
 from ..engine.policy import Batch
 from ..errors import DataError, ReAlignError
+from .dpo import check_prompt
 from .registry import Card, Method
 
 # %% auto #0
@@ -102,7 +103,8 @@ def encode(
     row: Any,      # an `Unpaired` row
     encoder: Any,  # an `Encoder`
 ) -> Any:          # `Example` with one sequence and its label, 1 or 0
-    "The prompt with its answer."
+    "The prompt with its answer; raises `DataError` for a prompt without text."
+    check_prompt(row.prompt)
     return Example((encoder.completion(row.prompt, row.completion),), {"label": float(row.label)})
 
 

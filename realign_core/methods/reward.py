@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from math import comb
 from typing import Any
@@ -55,27 +56,18 @@ def objective(
 def row_margin(
     row: Any,    # a `Preference` row
 ) -> float:      # its `margin`, else the difference of its scores, else 0
-    "How much better the chosen answer is; raises `DataError` when the row says that it is worse."
-    scores = row.chosen_score, row.rejected_score
-    by_scores = None if None in scores else scores[0] - scores[1]
-    for field, value, found in (("margin", row.margin, row.margin), ("chosen_score", by_scores, scores)):
-        if value is not None and value < 0:
-            raise DataError("the row says that its chosen answer is the worse one", field=field, found=found,
-                            wanted="margin ≥ 0 and chosen_score ≥ rejected_score")
-    return float(next((x for x in (row.margin, by_scores) if x is not None), 0.0))
+    "How much better the chosen answer is."
+    if row.margin is not None:
+        return row.margin
+    return 0.0 if None in (row.chosen_score, row.rejected_score) else row.chosen_score - row.rejected_score
 
 
 def encode(
     row: Any,      # a `Preference` row
     encoder: Any,  # an `Encoder`
 ) -> Any:          # `Example` with two sequences, chosen and rejected, and a margin
-    "The prompt with each of its answers; raises `DataError` for an empty prompt, equal answers, scores that contradict them."
-    if not (row.prompt.strip() if isinstance(row.prompt, str) else row.prompt):
-        raise DataError("prompt is empty", field="prompt", found=row.prompt, wanted="text")
-    pair = encode_pair(row, encoder)
-    if np.array_equal(*(s.ids for s in pair.sequences)):
-        raise DataError("chosen and rejected are the same tokens", field="rejected", found=row.rejected, wanted="another answer")
-    return Example(pair.sequences, extras={"margin": row_margin(row)})
+    "The pair as for DPO, and its margin."
+    return replace(encode_pair(row, encoder), extras={"margin": row_margin(row)})
 
 # %% ../../nbs/methods/08_reward.ipynb #741d5643
 CARD = Card(
