@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")  # which makes the snapshots
 from realign_core.engine import batching  # noqa: E402
 from realign_core.engine.batching import shared_prefixes, worth_sharing  # noqa: E402
 from realign_core.engine.policy import Batch, LoRA, load  # noqa: E402
-from realign_core.methods import dpo  # noqa: E402
+from realign_core.methods import dpo, reward  # noqa: E402
 
 
 @pytest.fixture
@@ -294,3 +294,24 @@ def test_training_goes_the_same_way(open_policy, snapshot):
             policy.step(1e-3, max_norm=1.0)
         ends.append(weights(policy))
     assert all(np.abs(ends[1][name] - w).max() <= 1e-4 for name, w in ends[0].items())
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=4)], ids=["full", "lora"])
+@pytest.mark.parametrize("prompts", [(9, 5, 7), (30, 30, 30)])
+def test_rewards_are_the_same(open_policy, snapshot, lora, prompts):
+    policy = open_policy(snapshot(), head="reward", lora=lora)
+    batch = replace(make_groups(prompts), extras={"margin": np.ones(3, np.float32)})
+    assert worth_sharing(batch, None) is not None
+    assert_same(policy, batch, reward.method().objective)
+
+
+def test_a_row_that_fills_the_window_has_a_reward(open_policy, tiny_window):
+    policy = open_policy(tiny_window, head="reward")
+    batch = make_groups((policy.max_length - 3,), answers=(3, 4))
+    batch = Batch(batch.ids[:, :policy.max_length], batch.mask[:, :policy.max_length], group=2)
+    assert np.isfinite(policy.score(batch)).all() and (policy.score(batch) != 0).sum() == 2
+
+
+@pytest.fixture
+def tiny_window(snapshot, tmp_path):
+    return change_config(snapshot(), tmp_path / "window", max_position_embeddings=32)

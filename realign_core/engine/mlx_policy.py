@@ -22,8 +22,8 @@ from .batching import Shared, check_sharing, worth_sharing
 from .blas import prepare_mlx
 from .encoding import load_tokenizer, stop_tokens
 from .policy import (
-    CHUNK_BYTES, AdamW, Batch, Completion, LoRA, Objective, Written, check_batch, chosen_points, complete, first_score,
-    is_reward, last_tokens, left_padded, matching_layers, read_state, reward_config, window, write_snapshot, write_state)
+    CHUNK_BYTES, AdamW, Batch, Completion, LoRA, Objective, Written, check_batch, chosen_points, complete, ends_read,
+    first_score, is_reward, left_padded, matching_layers, read_state, reward_config, window, write_snapshot, write_state)
 from ..errors import ModelError, TrainingError
 
 # %% auto #0
@@ -589,16 +589,19 @@ class _Scoring(_Loaded):
         caches = [_NoCache(self._dtype, segments, self._window)] * len(self._model.model.layers)
         return self._model.model(batch.ids[:, :columns], caches)
 
-    def _arrays(self, batch: Batch) -> tuple[Batch, mx.array, Callable]:
-        "The batch, checked, as MLX arrays; the flat places of its targets (N,); what gives their hidden states (N, D)."
-        before, mask = check_batch(batch, self.max_length, self.vocab) - 1, np.asarray(batch.mask)
-        places, arrays = mx.array(np.flatnonzero(mask).astype(np.int32)), batch.convert(mx.array)
+    def _states(self, batch: Batch, before: int) -> Callable:
+        "What gives the hidden states (N, D) before the targets of a checked batch, all of them in its first columns."
+        arrays, mask = batch.convert(mx.array), np.asarray(batch.mask)
         if shared := worth_sharing(batch, self.share, padded=True) if self.can_share else None:
             make_cache = partial(_Prefix, dtype=self._dtype, window=self._window)
-            return arrays, places, partial(_read_shared, self._model, shared, make_cache,
-                                           *_two_rectangles(np.asarray(batch.ids), mask, shared))
-        states = mx.array(np.flatnonzero(mask[:, 1:before + 1]).astype(np.int32))  # the last target needs the state before it
-        return arrays, places, lambda: self._hidden(arrays, before).reshape(mask.shape[0] * before, -1)[states]
+            return partial(_read_shared, self._model, shared, make_cache, *_two_rectangles(np.asarray(batch.ids), mask, shared))
+        places = mx.array(np.flatnonzero(mask[:, 1:before + 1]).astype(np.int32))  # the last target needs the state before it
+        return lambda: self._hidden(arrays, before).reshape(mask.shape[0] * before, -1)[places]
+
+    def _arrays(self, batch: Batch) -> tuple[Batch, mx.array, Callable]:
+        "The batch, checked, as MLX arrays; the flat places of its targets (N,); what gives their hidden states (N, D)."
+        states = self._states(batch, check_batch(batch, self.max_length, self.vocab) - 1)
+        return batch.convert(mx.array), mx.array(np.flatnonzero(np.asarray(batch.mask)).astype(np.int32)), states
 
     def _at_targets(self, function: Callable, batch: Batch, places: mx.array, states: Callable, training: bool = False):
         "function(logits, targets) at the targets, 0 elsewhere: (B, T) float32."
@@ -780,19 +783,18 @@ class MLXReward(MLXPolicy):
                 raise ModelError(f"{adapter}: the head has shape {score.shape}; wanted {head.weight.shape}")
             head.weight = mx.array(score).astype(self._dtype)
         head.unfreeze()  # adapters freeze it
+        self.can_share = check_sharing(self, 1e-3 if self._dtype == mx.float32 else 0.25)
 
-    def _arrays(self, batch: Batch) -> tuple[Batch, mx.array, int]:
-        "The batch, checked, as MLX arrays; the flat places of the last tokens (B,); columns up to the last of them."
-        last = last_tokens(batch, self.pad_id)
-        used = check_batch(batch, self.max_length, self.vocab, columns=int(np.flatnonzero(last.any(0)).max()) + 1)
-        return batch.convert(mx.array), mx.array(np.flatnonzero(last).astype(np.int32)), used
+    def _arrays(self, batch: Batch) -> tuple[Batch, mx.array, Callable]:
+        "The batch, checked, as MLX arrays; the flat places of the last tokens (B,); what gives their hidden states (B, D)."
+        read, last = ends_read(batch, self.pad_id, self.max_length, self.vocab)
+        places = mx.array(np.flatnonzero(last).astype(np.int32))
+        return batch.convert(mx.array), places, self._states(read, read.ids.shape[1] - 1)
 
-    def _at_targets(self, function: Callable, batch: Batch, places: mx.array, used: int, training: bool = False) -> mx.array:
-        "Rewards at the last tokens, 0 elsewhere; the function of logits has nothing to do."
-        rows, columns = batch.ids.shape
-        hidden = self._hidden(batch, used).reshape(rows * used, -1)[places // columns * used + places % columns]
-        values = self._model.score(hidden)[:, 0].astype(mx.float32)
-        return mx.zeros(batch.ids.size).at[places].add(values).reshape(rows, columns)
+    def _at_targets(self, function: Callable, batch: Batch, places: mx.array, states: Callable, training: bool = False):
+        "Rewards at the last tokens, 0 elsewhere: (B, T) float32; the function of logits has nothing to do."
+        values = self._model.score(states())[:, 0].astype(mx.float32)
+        return mx.zeros(batch.ids.size).at[places].add(values).reshape(batch.ids.shape)
 
     def score(self, batch: Batch, *, reference: bool = False) -> np.ndarray: # (B, T) float32
         "Rewards at each row's last token, 0 elsewhere; raises `ModelError` beyond the window."

@@ -25,7 +25,7 @@ from ..errors import BackendError, CheckpointError, ModelError
 __all__ = ['Objective', 'CHUNK_BYTES', 'BACKENDS', 'SHIPPED', 'Batch', 'Completion', 'LoRA', 'AdamW', 'Policy', 'window',
            'check_packing', 'check_batch', 'chosen_points', 'check_generation', 'sampling_noise', 'left_padded',
            'Written', 'complete', 'matching_layers', 'write_state', 'read_state', 'pick_backend', 'find_snapshot',
-           'write_snapshot', 'last_tokens', 'first_score', 'is_reward', 'reward_config', 'load']
+           'write_snapshot', 'last_tokens', 'ends_read', 'first_score', 'is_reward', 'reward_config', 'load']
 
 # %% ../../nbs/engine/02_policy.ipynb #499dc877
 @dataclass(frozen=True)
@@ -462,6 +462,19 @@ def last_tokens(
     ends = np.where(mask, columns, 0).max(axis=1, keepdims=True)
     last = np.where((ids != pad_id) & (columns <= ends), columns, 0).max(axis=1)
     return columns == last[:, None]
+
+
+def ends_read(
+    batch: Batch,      # of NumPy arrays
+    pad_id: int,
+    max_length: int,   # the model's window
+    vocab: int,        # ids that the model knows
+) -> tuple[Batch, np.ndarray]:
+    "The batch with one target per row, behind its last token, so that the state *at* that token is read; `last_tokens`."
+    last = last_tokens(batch, pad_id)
+    used = check_batch(batch, max_length, vocab, columns=int(np.flatnonzero(last.any(0)).max()) + 1)
+    ids, mask = np.pad(np.asarray(batch.ids)[:, :used], ((0, 0), (0, 1))), np.pad(last[:, :used], ((0, 0), (1, 0)))
+    return Batch(ids, mask, group=batch.group), last
 
 # %% ../../nbs/engine/02_policy.ipynb #5ab8eeb1
 def first_score(width: int, seed: int) -> np.ndarray: # (1, width) float32

@@ -24,8 +24,8 @@ from .adapters import Tensors, read_adapter, read_score, write_adapter
 from .batching import Shared, check_sharing, worth_sharing
 from .encoding import load_tokenizer, quiet, stop_tokens
 from .policy import (
-    CHUNK_BYTES, AdamW, Batch, Completion, LoRA, Objective, Written, check_batch, chosen_points, complete, first_score,
-    is_reward, last_tokens, left_padded, matching_layers, read_state, reward_config, window, write_snapshot, write_state)
+    CHUNK_BYTES, AdamW, Batch, Completion, LoRA, Objective, Written, check_batch, chosen_points, complete, ends_read,
+    first_score, is_reward, left_padded, matching_layers, read_state, reward_config, window, write_snapshot, write_state)
 
 # %% auto #0
 __all__ = ['pick_device', 'own_random', 'load_model', 'target_states', 'Head', 'target_logps', 'frozen_head_logps', 'scatter',
@@ -81,8 +81,10 @@ def target_states(
     positions: torch.Tensor | None = None,  # (B, T) positions of packed sequences
 ) -> torch.Tensor:                          # (N, D)
     "Final hidden states from which the targets are predicted, row by row."
+    width = ids.shape[1] - 1  # nothing is predicted from the last column
+    ids, positions = ids[:, :max(1, width)], None if positions is None else positions[:, :max(1, width)]
     hidden = model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-    return hidden[:, :-1][mask[:, 1:]]
+    return hidden[:, :width][mask[:, 1:]]
 
 # %% ../../nbs/engine/03_torch.ipynb #c235c12e
 class Head:
@@ -507,15 +509,20 @@ class _Scoring(_Loaded):
     "score, entropy, hidden_states, generate."
     share: bool | None = None  # read common prefixes once: None where it pays, True wherever there are some, False never
 
+    def _tensor(self, x) -> torch.Tensor:
+        return torch.tensor(np.asarray(x), device=self.device)
+
+    def _states(self, batch: Batch, used: int, model: nn.Module) -> torch.Tensor: # (N, D)
+        "Hidden states before the targets of a checked batch; `used` columns hold all of them."
+        if shared := worth_sharing(batch, self.share) if self.can_share else None:
+            return shared_states(model, batch, shared)
+        positions = None if batch.positions is None else self._tensor(batch.positions[:, :used]).long()
+        return target_states(model, self._tensor(batch.ids[:, :used]), self._tensor(batch.mask[:, :used]), positions)
+
     def _targets(self, batch: Batch, model: nn.Module | None = None) -> tuple[Batch, torch.Tensor, torch.Tensor]:
         "The batch, checked, as tensors; hidden states (N, D) before its targets; their ids (N,)."
-        used, model = check_batch(batch, self.max_length, self.vocab), model or self.model
-        shared = worth_sharing(batch, self.share) if self.can_share else None
-        states = None if shared is None else shared_states(model, batch, shared)
-        batch = batch.convert(lambda x: torch.tensor(np.asarray(x), device=self.device))
-        if states is None:
-            positions = None if batch.positions is None else batch.positions[:, :used].long()
-            states = target_states(model, batch.ids[:, :used], batch.mask[:, :used], positions)
+        states = self._states(batch, check_batch(batch, self.max_length, self.vocab), model or self.model)
+        batch = batch.convert(self._tensor)
         return batch, states, batch.ids[batch.mask].long()
 
     @torch.no_grad()
@@ -679,15 +686,13 @@ class TorchReward(TorchPolicy):
                 raise ModelError(f"{adapter}: the head has shape {score.shape}; wanted {tuple(self.model.score.weight.shape)}")
             with torch.no_grad():
                 self.model.score.weight.copy_(torch.from_numpy(score))
+        self.can_share = check_sharing(self, 1e-3 if self.model.dtype == torch.float32 else 0.25)
 
     def _rewards(self, batch: Batch) -> tuple[Batch, torch.Tensor]:
         "The batch, checked, as tensors; rewards (B, T) at the last tokens, 0 elsewhere."
-        last = last_tokens(batch, self.pad_id)
-        used = check_batch(batch, self.max_length, self.vocab, columns=int(np.flatnonzero(last.any(0)).max()) + 1)
-        batch = batch.convert(lambda x: torch.tensor(np.asarray(x), device=self.device))
-        last = torch.tensor(last, device=self.device)
-        hidden = self.model.base_model(input_ids=batch.ids[:, :used], use_cache=False).last_hidden_state
-        return batch, scatter(self.model.score(hidden[last[:, :used]])[:, 0].float(), last)
+        read, last = ends_read(batch, self.pad_id, self.max_length, self.vocab)
+        rewards = self.model.score(self._states(read, read.ids.shape[1], self.model))[:, 0].float()
+        return batch.convert(self._tensor), scatter(rewards, self._tensor(last))
 
     @torch.no_grad()
     def score(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
