@@ -91,9 +91,16 @@ class Counted:
         return statistics.mean(times[1:] or [0.0]) * calls / steps
 
 
+class WholeModel(nullcontext):
+    "Stands where torch follows the modules: its hooks cannot bear a gradient that is taken inside the forward pass."
+    parents = {"Global"}
+
+
 def flop_counter():
     from torch.utils.flop_counter import FlopCounterMode
-    return FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = WholeModel()
+    return counter
 
 
 # ReAlign
