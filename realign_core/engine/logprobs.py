@@ -13,7 +13,7 @@ from array_api_compat import array_namespace
 
 # %% auto #0
 __all__ = ['finite_difference', 'log_sigmoid', 'log1mexp', 'masked_sum', 'masked_mean', 'sequence_logps', 'log_softmax',
-           'entropy', 'k1', 'k2', 'k3', 'stop_gradient']
+           'entropy', 'k1', 'k2', 'k3', 'stop_gradient', 'surrogate']
 
 # %% ../../nbs/engine/01_logprobs.ipynb #7aaa0527
 def finite_difference(
@@ -132,3 +132,16 @@ def stop_gradient(
     if hasattr(x, "detach"):
         return x.detach()
     return getattr(array_namespace(x), "stop_gradient", lambda same: same)(x)
+
+# %% ../../nbs/engine/01_logprobs.ipynb #c12a18d3
+def surrogate(
+    log_ratio: Any,         # any shape: log of new over old probability
+    advantage: Any,         # the same shape: how much better than expected
+    low: float = 0.2,       # how far a ratio may fall below 1
+    high: float = 0.2,      # how far it may rise above it
+) -> tuple[Any, Any]:       # the loss of each; 1 where its gradient was cut, else 0
+    "The clipped surrogate objective, negated (Schulman et al. 2017, arXiv 1707.06347, eq. 7); the ratio ends at e^±20."
+    xp = array_namespace(log_ratio)
+    ratio = xp.exp(xp.clip(log_ratio, -20.0, 20.0))
+    free, bounded = ratio * advantage, xp.clip(ratio, 1 - low, 1 + high) * advantage
+    return -xp.minimum(free, bounded), xp.where(bounded < free, xp.ones_like(ratio), xp.zeros_like(ratio))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from ..engine.logprobs import k3, masked_mean, masked_sum, stop_gradient
+from ..engine.logprobs import k3, masked_mean, masked_sum, stop_gradient, surrogate
 from ..engine.policy import Batch
 from ..engine.rollout import Rollout, encode_prompt
 from ..errors import ReAlignError
@@ -56,12 +56,12 @@ def loss(
     log_ratio = xp.where(mask, logps - old_logps, 0 * one)
     if kind == "gspo":
         log_ratio = masked_mean(log_ratio, mask, axis=1)[:, None] * one
-    ratio, push = xp.exp(xp.clip(log_ratio, -20.0, 20.0)), advantage[:, None] * one
-    bounded = xp.clip(ratio, 1 - low, 1 + high)
+    push = advantage[:, None] * one
     if kind == "cispo":
+        ratio = xp.exp(xp.clip(log_ratio, -20.0, 20.0))
+        bounded = xp.clip(ratio, 1 - low, 1 + high)
         return -stop_gradient(bounded) * push * logps, xp.where(ratio != bounded, one, 0 * one)
-    free, cut = ratio * push, bounded * push
-    return -xp.minimum(free, cut), xp.where(cut < free, one, 0 * one)
+    return surrogate(log_ratio, push, low, high)
 
 # %% ../../nbs/methods/11_grpo.ipynb #5b06100c
 def objective(

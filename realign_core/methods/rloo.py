@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from ..engine.logprobs import k3, masked_sum, sequence_logps
+from ..engine.logprobs import k3, masked_sum, sequence_logps, surrogate
 from ..engine.policy import Batch
 from ..engine.rollout import Rollout, encode_prompt
 from ..errors import ReAlignError
@@ -41,10 +41,7 @@ def loss(
     high: float = 0.2,   # how far it may rise above it
 ) -> tuple[Any, Any]:    # (B,) loss of each answer; (B,) 1 where its gradient was cut
     "REINFORCE by whole answers (arXiv 2402.14740, eq. 7), its ratio clipped for answers that serve several updates."
-    xp = array_namespace(logps)
-    ratio = xp.exp(xp.clip(logps - old_logps, -20.0, 20.0))
-    free, cut = ratio * advantage, xp.clip(ratio, 1 - low, 1 + high) * advantage
-    return -xp.minimum(free, cut), xp.where(cut < free, xp.ones_like(ratio), xp.zeros_like(ratio))
+    return surrogate(logps - old_logps, advantage, low, high)
 
 
 def objective(
