@@ -249,7 +249,7 @@ def test_what_a_reward_model_cannot_do_is_refused(tiny, backend):
                           (lambda: policy.entropy(batch), "no probabilities"),
                           (lambda: policy.score(batch, reference=True), "no reference"),
                           (lambda: policy.score(Batch(batch.ids, np.zeros_like(batch.mask))), "has no target"),
-                          (lambda: load(tiny, backend, head="value"), "unknown head 'value'")):
+                          (lambda: load(tiny, backend, head="score"), "unknown head 'score'")):
         with pytest.raises(ModelError, match=message):
             call()
     with pytest.raises(TrainingError, match="'dpo' wants a policy loaded with head=None"):

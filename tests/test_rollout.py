@@ -147,7 +147,8 @@ def test_a_prompt_leaves_room_for_its_answer(policies):
     assert len(made) == policy.max_length - 24
 
 
-@pytest.mark.parametrize("settings", [dict(n=0), dict(max_tokens=0), dict(tries=0), dict(at_once=0), dict(tries=2)])
+@pytest.mark.parametrize("settings", [dict(n=0), dict(max_tokens=0), dict(tries=0), dict(at_once=0), dict(tries=2),
+                                      dict(n=1, skip_equal=True)])
 def test_settings_that_make_no_sense(settings):
     with pytest.raises(ReAlignError):
         Rollout(coin, **settings)

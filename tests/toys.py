@@ -31,7 +31,7 @@ def objective(logps, batch):
 def method(**changes):
     settings = dict(name="nll", format="text", encode=None, objective=objective, weight=lambda batch: batch.targets, params={},
                     defaults={"lr": 0.05, "batch_size": 8}, reference=False, watch=("loss",), check=None, prepare=None,
-                    rollout=None)
+                    rollout=None, critic=None)
     return SimpleNamespace(**{**settings, **changes})
 
 

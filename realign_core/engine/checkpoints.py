@@ -104,9 +104,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fill(draft: Path, policy, position: dict) -> None:
+def _fill(draft: Path, policy, critic, position: dict) -> None:
     "Write state, position and manifest, and wait until they are on the disk."
     policy.save_state(draft)
+    if critic is not None:
+        critic.save_state(draft / "critic")
     (draft / "position.json").write_text(json.dumps(position))
     files = sorted(p for p in draft.rglob("*") if p.is_file())
     for path in files:
@@ -124,6 +126,7 @@ def save_checkpoint(
     step: int,           # steps done
     position: dict,      # whatever else an exact resume needs
     keep: int = 2,       # older ones are removed
+    critic=None,         # trained beside the policy, its state in a folder of its own
 ) -> Path:
     "Write a checkpoint that is either complete or not there; raises `OutputError`, leaving earlier ones alone."
     home = Path(folder) / "checkpoints"
@@ -132,7 +135,7 @@ def save_checkpoint(
         try:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
-            _fill(draft, policy, {"step": step, **position})
+            _fill(draft, policy, critic, {"step": step, **position})
             shutil.rmtree(final, ignore_errors=True)
             draft.rename(final)
             sync(home)

@@ -28,7 +28,7 @@ from realign_core.engine.policy import (
 from ..errors import ModelError, TrainingError
 
 # %% auto #0
-__all__ = ['rope_settings', 'adamw', 'MLXPolicy', 'MLXReward']
+__all__ = ['rope_settings', 'adamw', 'MLXPolicy', 'MLXReward', 'MLXValue']
 
 # %% ../../nbs/engine/04_mlx.ipynb #022262d5
 def rope_settings(
@@ -790,6 +790,14 @@ class MLXReward(RewardModel, MLXPolicy):
         return batch.convert(mx.array), places, self._states(read, read.ids.shape[1] - 1)
 
     def _at_targets(self, function: Callable, batch: Batch, places: mx.array, states: Callable, training: bool = False):
-        "Rewards at the last tokens, 0 elsewhere: (B, T) float32; the function of logits has nothing to do."
+        "What the head says at `states`, 0 elsewhere: (B, T) float32; the function of logits has nothing to do."
+        if places.size == 0:
+            return mx.zeros(batch.ids.shape)
         values = self._model.score(states())[:, 0].astype(mx.float32)
         return mx.zeros(batch.ids.size).at[places].add(values).reshape(batch.ids.shape)
+
+
+class MLXValue(MLXReward):
+    "The same, read before each target: the critic of an actor-critic method."
+    value = True
+    _arrays = _Scoring._arrays

@@ -522,31 +522,31 @@ def head_weights(
 
 class RewardModel:
     "What a scalar head changes on every framework; comes before the policy among the bases."
-    reward = True
+    reward, value = True, False
 
     def score(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
-        "Rewards (B, T) float32 at each row's last token, 0 elsewhere; raises `ModelError` beyond the window."
+        "Rewards (B, T) float32 at each row's last token (of a critic: values before each target), 0 elsewhere; `ModelError`."
         if reference:
-            raise ModelError("a reward model has no reference")
+            raise ModelError("a model with a scalar head has no reference")
         return super().score(batch)
 
     def entropy(self, batch: Batch) -> np.ndarray:
-        "A reward model gives no probabilities."
-        raise ModelError("a reward model gives no probabilities of tokens")
+        "A scalar head gives no probabilities."
+        raise ModelError("a model with a scalar head gives no probabilities of tokens")
 
     def generate(self, prompts: list[list[int]], **settings) -> list[list[Completion]]:
-        "A reward model writes nothing."
-        raise ModelError("a reward model writes no text; generate with a policy and score with this")
+        "A scalar head writes nothing."
+        raise ModelError("a model with a scalar head writes no text; generate with a policy and score with this")
 
 # %% ../../nbs/engine/02_policy.ipynb #aa1d4ed1
 def _class(backend: str, head: str | None, folder: Path, adapter: str | Path | None) -> str:
     "Name of the class to load; raises `ModelError` for an unknown head."
     from realign_core.engine.adapters import read_score
-    if head not in (None, "reward"):
-        raise ModelError(f"unknown head {head!r}; wanted 'reward', or None for what the snapshot has")
+    if head not in (None, "reward", "value"):
+        raise ModelError(f"unknown head {head!r}; wanted 'reward' or 'value', or None for what the snapshot has")
     found = is_reward(json.loads((folder / "config.json").read_text()))
     found = found or (adapter is not None and read_score(adapter) is not None)
-    return {"torch": "Torch", "mlx": "MLX"}[backend] + ("Reward" if head or found else "Policy")
+    return {"torch": "Torch", "mlx": "MLX"}[backend] + (head.title() if head else "Reward" if found else "Policy")
 
 
 def load(
@@ -555,7 +555,7 @@ def load(
     *,
     lora: LoRA | int | None = None,            # adapters to add: a `LoRA`, a rank, or None for full fine-tuning
     adapter: str | Path | None = None,         # folder of a saved adapter, PEFT's layout or mlx-lm's
-    head: str | None = None,                   # "reward": a scalar head; None: what the snapshot or the adapter has
+    head: str | None = None,                   # "reward" or "value": a scalar head; None: what snapshot or adapter has
     dtype: str | None = None,                  # "float32", "bfloat16", "float16"; None: float32 on a CPU, else the snapshot's
     seed: int = 0,                             # for new adapters, a new head and dropout
     threads: int | None = None,                # CPU threads; None: REALIGN_THREADS, else all cores

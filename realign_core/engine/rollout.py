@@ -90,6 +90,8 @@ class Rollout:
         if self.n < 1 or self.max_tokens < 1 or self.tries < 1 or self.at_once < 1:
             raise ReAlignError(f"n={self.n}, max_tokens={self.max_tokens}, tries={self.tries}, at_once={self.at_once}; "
                                "wanted all of them at least 1")
+        if self.skip_equal and self.n < 2:
+            raise ReAlignError("skip_equal=True with n=1 leaves out every answer; wanted n ≥ 2")
         if self.tries > 1 and not self.skip_equal:
             raise ReAlignError("tries > 1 replaces groups that skip_equal leaves out; give skip_equal=True")
 
@@ -156,9 +158,9 @@ _OF_GROUPS = ("equal", "unscored")
 def _figures(groups: Sequence[Example], completions: Sequence) -> dict:
     "What to watch in every online method, each as (total, count)."
     rewards, tokens = [g.extras["rewards"] for g in groups], sum(len(c.ids) for c in completions)
-    count = len(completions)
+    count, several = len(completions), [r for r in rewards if len(r) > 1]
     return {"reward": (float(sum(r.sum() for r in rewards)), count),
-            "equal": (float(sum(np.ptp(r) == 0 for r in rewards)), len(rewards)),
+            "equal": (float(sum(np.ptp(r) == 0 for r in several)), len(several)),
             "length": (float(tokens), count), "truncated": (float(sum(not c.finished for c in completions)), count),
             "entropy": (float(-sum(c.logps.sum() for c in completions)), tokens)}
 

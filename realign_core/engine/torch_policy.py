@@ -32,7 +32,7 @@ from realign_core.engine.policy import (
 __all__ = ['pick_device', 'own_random', 'load_model', 'target_states', 'Head', 'target_logps', 'frozen_head_logps', 'scatter',
            'Reading', 'attend', 'shared_states', 'choose', 'nucleus', 'prefill', 'decode', 'adapted_layers',
            'add_adapters', 'layer_parameters', 'write_layer', 'residual_stream', 'Optimizer', 'check_scores',
-           'TorchPolicy', 'TorchReward']
+           'TorchPolicy', 'TorchReward', 'TorchValue']
 
 # %% ../../nbs/engine/03_torch.ipynb #cecdbe8c
 def pick_device() -> torch.device:
@@ -700,3 +700,13 @@ class TorchReward(RewardModel, TorchPolicy):
     def _trainable(self) -> dict[str, nn.Parameter]:
         found = super()._trainable()
         return found if self.lora is None else found | {"base_model.model.score.weight": self.model.score.weight}
+
+
+class TorchValue(TorchReward):
+    "The same classifier, read before each target: the critic of an actor-critic method."
+    value = True
+
+    def _values(self, batch: Batch, model: nn.Module, head: Head) -> tuple[Batch, torch.Tensor]:
+        "The batch, checked, as tensors; values (B, T) of the text before each target, 0 elsewhere."
+        batch, states, _ = self._targets(batch, model)
+        return batch, scatter(self.model.score(states)[:, 0].float(), batch.mask)

@@ -30,7 +30,7 @@ from .checkpoints import save_checkpoint, write_json, writing
 from .encoding import Encoder, Example, Report, Sequence, encode_rows
 from .history import Log, Run, peak_memory
 from .logprobs import finite_difference, log_softmax
-from .policy import AdamW, Batch
+from .policy import AdamW, Batch, load
 from .tracking import Progress, tracker
 from ..errors import CheckpointError, DataError, TrainingError
 
@@ -471,6 +471,7 @@ class _Job:
     log: Log | None = None
     room: int = 0                 # tokens of the longest example, the length of a packed row
     eval_batches: list[Batch] = field(default_factory=list)
+    critic: Any = None            # the model that an actor-critic method trains beside the policy
 
     @property
     def pad_id(self) -> int:
@@ -487,7 +488,7 @@ class _Job:
         if self.folder:
             self.log.sync()
             self.state.update(step=step, history=len(self.log.history))
-            save_checkpoint(self.folder, self.policy, step, self.state)
+            save_checkpoint(self.folder, self.policy, step, self.state, critic=self.critic)
 
 # %% ../../nbs/engine/09_fit.ipynb #d159321a
 def _by_length(examples: list[Example], size: int) -> list[list[int]]:
@@ -517,6 +518,17 @@ def _all_targets(examples: list[Example], job: _Job) -> Batch:
     return collate(examples, job.pad_id)
 
 
+def _critic(job: _Job) -> Any:
+    "The critic that was given, or a new one on the policy's own snapshot; raises `TrainingError` for a model that is none."
+    model, policy = job.method.critic.model, job.policy
+    if model is None:
+        model = load(policy.source, policy.backend, head="value", lora=policy.lora, seed=policy.seed)
+    if not getattr(model, "value", False) or (model.backend, model.vocab) != (policy.backend, policy.vocab):
+        raise TrainingError(f"{model!r} cannot be the critic of {policy!r}; wanted one with the same vocabulary on "
+                            f"{policy.backend}, loaded with head='value'")
+    return model
+
+
 def _begin(job: _Job) -> None:
     "Make a job ready for its next step; raises `CheckpointError` when its folder holds another run."
     policy, s, folder = job.policy, job.settings, job.folder
@@ -531,9 +543,12 @@ def _begin(job: _Job) -> None:
     job.room, parts = max(len(e) for e in job.train), _by_length(job.held_out, s.micro_batch or s.batch_size)
     if not job.method.rollout:
         job.eval_batches = [collate([job.held_out[i] for i in part], job.pad_id) for part in parts]
-    policy.configure(AdamW(weight_decay=s.weight_decay))
-    if checkpoint is not None:
-        policy.load_state(checkpoint)
+    job.critic = _critic(job) if job.method.critic else None
+    for model, place in ((policy, "."), (job.critic, "critic")):
+        if model is not None:
+            model.configure(AdamW(weight_decay=s.weight_decay))
+            if checkpoint is not None:
+                model.load_state(checkpoint / place)
     if folder:
         _begun.setdefault(policy, set()).add(str(folder.resolve()))
     job.log = Log(folder, keep=job.state["history"])
@@ -557,24 +572,35 @@ def _batches(job: _Job, examples: list[Example]) -> list[Batch]:
         batch = pack(part, job.room, job.pad_id) if s.packing else collate(part, job.pad_id)
         if job.method.rollout and job.method.reference:
             batch = replace(batch, extras={**batch.extras, "ref_logps": job.policy.score(batch, reference=True)})
+        if job.critic is not None:
+            batch = replace(batch, extras={**batch.extras, "values": job.critic.score(batch)})
         made.append(batch)
     return job.method.prepare(job.policy, made, s.max_length) if job.method.prepare else made
 
 # %% ../../nbs/engine/09_fit.ipynb #bafc1c85
+def _update(model, method, batches: list[Batch], s: Settings, step: int, lr: float) -> dict[str, float]:
+    "One optimiser step on the batches, and its figures."
+    loss, metrics = accumulate(model, method, batches)
+    rate = learning_rate(step, s.steps, lr, s.warmup, s.schedule)
+    norm = model.step(rate, s.max_norm)
+    if not math.isfinite(norm):
+        raise _NotFinite("gradient norm", norm, batches[-1])
+    return {"loss": loss, **metrics, "lr": rate, "grad_norm": norm}
+
+
 def _step(job: _Job, step: int) -> dict[str, float]:
     "One step of the run; returns its record, and raises `TrainingError` for a figure that is no number."
     s = job.settings
     examples, figures = _examples(job, step)
     record = {"step": step + 1, "epoch": (step + 1) / job.order.per_epoch, **figures}
-    batches, rate, learned = _batches(job, examples), learning_rate(step, s.steps, s.lr, s.warmup, s.schedule), []
+    batches, learned = _batches(job, examples), []
     updates = 0 if not examples else job.method.updates if job.method.rollout else 1
     try:
         for _ in range(updates):
-            loss, metrics = accumulate(job.policy, job.method, batches)
-            norm = job.policy.step(rate, s.max_norm)
-            if not math.isfinite(norm):
-                raise _NotFinite("gradient norm", norm, batches[-1])
-            learned.append({"loss": loss, **metrics, "lr": rate, "grad_norm": norm})
+            learned.append(_update(job.policy, job.method, batches, s, step, s.lr))
+            if job.critic is not None:
+                found = _update(job.critic, job.method.critic, batches, s, step, job.method.critic.lr)
+                learned[-1] |= {f"value_{name}": figure for name, figure in found.items()}
     except _NotFinite as bad:
         place = _save_offender(job.folder, step + 1, bad.batch, examples)
         raise TrainingError(f"step {step + 1}: the {bad.name} is {bad.value}; the batch is in {place}") from None
@@ -674,6 +700,8 @@ def fit(
     "Train `policy` by `method`; raises `DataError`, `TrainingError`, `CheckpointError` or `OutputError`."
     if packing and method.rollout:
         raise TrainingError(f"method {method.name!r} writes its answers itself, so packing=True cannot be kept")
+    if getattr(policy, "value", False):
+        raise TrainingError("this is a critic; it is trained beside a policy, by a method that takes critic=")
     if getattr(method, "reward", False) != getattr(policy, "reward", False):
         raise TrainingError(f"method {method.name!r} wants a policy loaded with head={'reward' if method.reward else None!r}")
     s = _resolve(method, dict(steps=steps, epochs=epochs, batch_size=batch_size, micro_batch=micro_batch, lr=lr,

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import ReAlignError
 
 # %% auto #0
-__all__ = ['Card', 'Method', 'register', 'names', 'get']
+__all__ = ['Card', 'Critic', 'Method', 'register', 'names', 'get']
 
 # %% ../../nbs/methods/00_registry.ipynb #185ec550
 @dataclass(frozen=True)
@@ -34,6 +34,15 @@ class Card:
 
 # %% ../../nbs/methods/00_registry.ipynb #ffd45328
 @dataclass(frozen=True)
+class Critic:
+    "A model that predicts the reward to come, and how it learns to."
+    objective: Callable     # (values, batch) -> (loss, {name: (total, count)})
+    weight: Callable        # (batch) -> float, what that loss is a mean over
+    lr: float = 1e-5        # its peak learning rate; schedule and clipping are the policy's
+    model: Any = None       # a policy loaded with head="value"; None: one is made from the policy's own snapshot
+
+
+@dataclass(frozen=True)
 class Method:
     "Everything that is particular to one training method."
     name: str                                   # short name, also the command line's: "dpo"
@@ -52,6 +61,7 @@ class Method:
     prepare: Callable | None = None             # (policy, batches, max_length) -> batches with what depends on all of them
     rollout: Any = None                         # online methods: the `Rollout` that turns prompts into scored answers
     updates: int = 1                            # online methods: optimiser steps on the answers of one step
+    critic: Critic | None = None                # online methods: a second model, whose values come as extras["values"]
 
     def _repr_markdown_(self) -> str:
         return f"**{self.title}** (`{self.name}`), {self.params or 'no settings'}\n\n{self.card._repr_markdown_()}"

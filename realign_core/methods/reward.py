@@ -24,7 +24,7 @@ from .dpo import pair_metrics
 from .registry import Card, Method
 
 # %% auto #0
-__all__ = ['CARD', 'loss', 'objective', 'row_margin', 'encode', 'method', 'reward', 'ranked', 'best_of']
+__all__ = ['CARD', 'loss', 'objective', 'row_margin', 'encode', 'method', 'reward', 'ranked', 'Learned', 'best_of']
 
 # %% ../../nbs/methods/08_reward.ipynb #05d7f008
 def loss(
@@ -102,7 +102,7 @@ def reward(
     batch_size: int = 64,                # sequences scored at once
 ) -> np.ndarray:                         # (N,) float32
     "The reward of each answer; raises `DataError` with the row for one that is empty or longer than the window."
-    if not getattr(policy, "reward", False):
+    if not getattr(policy, "reward", False) or getattr(policy, "value", False):
         raise ReAlignError("this policy has no scalar head; load it with head=\"reward\"")
     def alone(row, encoder): return Example((encoder.completion(*row),))
     examples = encode_rows(list(zip(prompts, answers, strict=True)), alone, Encoder(policy.tokenizer, policy.max_length, "error"))
@@ -119,6 +119,29 @@ def ranked(
     "Accuracy on pairs, with Wilson's interval."
     values = reward(policy, [p.prompt for p in pairs for _ in range(2)], [x for p in pairs for x in (p.chosen, p.rejected)])
     return proportion(float((0.5 + 0.5 * np.sign(values[0::2] - values[1::2])).sum()), len(pairs))
+
+# %% ../../nbs/methods/08_reward.ipynb #4ba29524
+class Learned:
+    "A reward model as the reward of GRPO, RLOO or PPO; an empty answer has none, so nothing is learned from it."
+
+    def __init__(self,
+        model: Any,               # a policy loaded with head="reward"
+        batch_size: int = 64,     # answers scored at once
+    ):
+        self.model, self.batch_size, self.__name__ = model, batch_size, f"reward model {model.source}"
+
+    def __call__(self, row: dict, answer: str) -> float | None:
+        "The reward of one answer; the row has its `prompt`."
+        return self.many([row], [answer])[0]
+
+    def many(self, rows: Sequence[dict], answers: Sequence[str]) -> list[float | None]:
+        "The reward of each answer, None for an empty one."
+        said = [i for i, answer in enumerate(answers) if answer.strip()]
+        found: list[float | None] = [None] * len(answers)
+        values = reward(self.model, [rows[i]["prompt"] for i in said], [answers[i] for i in said], self.batch_size)
+        for i, value in zip(said, values.tolist(), strict=True):
+            found[i] = value
+        return found
 
 # %% ../../nbs/methods/08_reward.ipynb #ecbb6019
 def best_of(
