@@ -1,11 +1,11 @@
 """PPO, GRPO and RLOO side by side: what they learn from equally many answers, how long it takes, and the memory it needs.
 
-    python benchmarks/policy_gradients.py               everything; some ten minutes on two cores
+    python benchmarks/policy_gradients.py               everything; some five minutes on two cores
     python benchmarks/policy_gradients.py --only memory one part; its result replaces the former one in the JSON file
 
-Every run is a process of its own with one thread. Learning: the shipped model, 64 answers a step, the settings of each method's
-own page, three seeds. Memory: one step on a random Llama of 60 million parameters, all weights trained, float32, eight answers
-of 64 tokens, with one to four models held. nbs/evaluate/05_gradients.ipynb shows the results.
+Every run is a process of its own with one thread, two at a time. Learning: the shipped model, 64 answers a step, the settings
+of each method's own page, three seeds. Memory: one step on a random Llama of 60 million parameters, all weights trained,
+float32, eight answers of 64 tokens, with one to four models held. nbs/evaluate/05_gradients.ipynb shows the results.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,11 +42,12 @@ def learn(name: str, seed: int) -> dict:
     method, settings, problems, lr = LEARNERS[name]
     trial, policy = task_trial(), load("tinyworld-instruct", "torch", seed=seed, threads=1)
     before = trial.measure(policy, seed)
-    run = fit(policy, get(method, **settings), trial.rows, held_out=0, steps=STEPS, lr=lr, batch_size=problems, seed=seed, progress=False)
+    run = fit(policy, get(method, **settings), trial.rows, held_out=0, steps=STEPS, lr=lr, batch_size=problems, seed=seed,
+              progress=False)
     after = trial.measure(policy, seed)
     gain = paired(before.values["right"], after.values["right"])
-    return {"method": name, "seed": seed, "gain": [gain.value, gain.low, gain.high], "n": len(trial.test),
-            "curve": [{"answers": 64 * r["step"], "seconds": r["seconds"], "reward": r["reward"]} for r in run.history if "loss" in r]}
+    curve = [{"answers": 64 * r["step"], "seconds": r["seconds"], "reward": r["reward"]} for r in run.history if "loss" in r]
+    return {"method": name, "seed": seed, "gain": [gain.value, gain.low, gain.high], "n": len(trial.test), "curve": curve}
 
 
 def memory(models: int) -> dict:
@@ -61,8 +63,9 @@ def memory(models: int) -> dict:
         policy = load(folder, "torch", threads=1)
         policy.stops = set()
         paid = reward.Learned(load(folder, "torch", head="reward", threads=1)) if models == 4 else by_length
-        rows = [{"prompt": " ".join(["word"] * 100)}] * 4
-        fit(policy, get(name, reward=paid, n=8, max_tokens=64, **settings), rows, held_out=0, steps=1, batch_size=1, progress=False)
+        rows = [{"prompt": " ".join(["w1"] * 100)}] * 4
+        method = get(name, reward=paid, n=8, max_tokens=64, **settings)
+        fit(policy, method, rows, held_out=0, steps=1, batch_size=1, progress=False)
         weights = sum(p.numel() for p in policy.model.parameters())
     return {"models": models, "method": name, "parameters": weights, **peak_memory()}
 
@@ -84,7 +87,8 @@ def main() -> None:
     found = json.loads(FILE.read_text()) if FILE.is_file() else {}
     jobs = {"learning": [(name, seed) for seed in SEEDS for name in LEARNERS], "memory": [(models, 0) for models in HELD]}
     for part in [given.only] if given.only else jobs:
-        found[part] = [child(part, *job) for job in jobs[part]]
+        with ThreadPoolExecutor(2) as pool:  # two at a time, each with one thread
+            found[part] = list(pool.map(lambda job, part=part: child(part, *job), jobs[part]))
         found["machine"] = {"date": datetime.date.today().isoformat(), "cores": os.cpu_count(), "processor": platform.machine(),
                             "threads": 1, "dtype": "float32", "backend": "torch"}
         FILE.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
@@ -93,8 +97,8 @@ def main() -> None:
 def child(part: str, name, seed: int) -> dict:
     "One run in a process of its own."
     print(part, name, seed, flush=True)
-    done = subprocess.run([sys.executable, __file__, "--one", part, str(name), str(seed)], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, "--one", part, str(name), str(seed)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
     return json.loads(done.stdout.strip().splitlines()[-1])
