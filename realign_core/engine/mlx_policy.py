@@ -439,8 +439,10 @@ def _choose_tokens(
     "One token for each row; the likeliest at temperature 0."
     if temperature == 0:
         return mx.argmax(logps, axis=-1).astype(mx.int32)
-    cooled = logps / temperature
-    total = mx.cumsum(_nucleus(_exp(cooled - _log_normaliser(cooled)), top_p), axis=-1)
+    if temperature != 1:
+        logps = logps / temperature
+        logps = logps - _log_normaliser(logps)
+    total = mx.cumsum(_nucleus(_exp(logps), top_p), axis=-1)
     index = mx.sum(total <= uniform[:, None] * total[:, -1:], axis=-1)
     return mx.minimum(index, logps.shape[-1] - 1).astype(mx.int32)
 

@@ -29,10 +29,10 @@ from realign_core.engine.policy import (
     write_state)
 
 # %% auto #0
-__all__ = ['pick_device', 'own_random', 'load_model', 'target_states', 'Head', 'target_logps', 'frozen_head_logps', 'scatter',
-           'Reading', 'attend', 'shared_states', 'choose', 'nucleus', 'prefill', 'decode', 'adapted_layers',
-           'add_adapters', 'layer_parameters', 'write_layer', 'residual_stream', 'Optimizer', 'check_scores',
-           'TorchPolicy', 'TorchReward', 'TorchValue']
+__all__ = ['ROOM', 'pick_device', 'own_random', 'load_model', 'target_states', 'Head', 'target_logps', 'frozen_head_logps',
+           'scatter', 'Reading', 'attend', 'shared_states', 'choose', 'nucleus', 'prefill', 'append', 'decode',
+           'adapted_layers', 'add_adapters', 'layer_parameters', 'write_layer', 'residual_stream', 'Optimizer',
+           'check_scores', 'TorchPolicy', 'TorchReward', 'TorchValue']
 
 # %% ../../nbs/engine/03_torch.ipynb #cecdbe8c
 def pick_device() -> torch.device:
@@ -262,7 +262,7 @@ def prefill(
     prompts: list[list[int]],    # of R rows, of similar length
 ) -> tuple[Any, torch.Tensor, torch.Tensor]:
     "The cache, attention mask (R, L) and last hidden states (R, D) after reading each different prompt once."
-    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicCache, DynamicLayer
     ids, padding, places = (torch.from_numpy(x).long().to(model.device) for x in left_padded(prompts))
     attend = (torch.arange(ids.shape[1], device=model.device) >= padding[:, None]).long()
     cache = DynamicCache(config=model.config)
@@ -271,7 +271,34 @@ def prefill(
         past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
     if len(ids) < len(prompts):
         cache.batch_select_indices(places)
+    for layer in cache.layers:
+        if type(layer) is DynamicLayer:  # one with a sliding window forgets, and is never long
+            layer.update = partial(append, layer)
     return cache, attend[places], hidden[places]
+
+# %% ../../nbs/engine/03_torch.ipynb #3a205766
+ROOM = 64  # tokens that a buffer of keys and values is made longer by
+
+
+def append(
+    layer: Any,            # a `DynamicLayer` of transformers that holds L tokens
+    keys: torch.Tensor,    # (R, K, T, d) of further tokens
+    values: torch.Tensor,  # (R, K, T, d)
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:  # (R, K, L + T, d), views of the buffers
+    "What `layer.update` returns, without copying what is there already."
+    for name, new in (("keys", keys), ("values", values)):
+        held, spare = getattr(layer, name), getattr(layer, f"{name}_spare", None)
+        rows, heads, length, width = held.shape
+        end = length + new.shape[2]
+        if spare is None or spare.shape[0] != rows or spare.shape[2] < end:  # the first step, rows were dropped, no room left
+            spare = held.new_empty(rows, heads, end + ROOM, width)
+            spare[:, :, :length] = held
+            setattr(layer, f"{name}_spare", spare)
+        spare[:, :, length:end] = new
+        setattr(layer, name, spare[:, :, :end])
+    return layer.keys, layer.values
 
 # %% ../../nbs/engine/03_torch.ipynb #e77205fd
 @torch.no_grad()
