@@ -238,9 +238,10 @@ def test_preparation(says, tmp_path, script, cut, blocks):
     said = {"prompt": "Say it.", "problem": "Say it.", "truth": {"answer": 4}}
     says(script, [said], cut)
     def verdict(row, text): return SimpleNamespace(ok=bool(text))
-    subject = domain(benchmarks=lambda n, seed: {"kept": [said]}, check=verdict)
+    further = {"of a harness": [1.0, 0.0]}
+    subject = domain(benchmarks=lambda n, seed: {"kept": [said]}, check=verdict, measure=lambda policy: further)
     made = rlvr.preparation(tmp_path, domain=subject, sft_steps=0)
-    assert missed(made) == blocks and made.baseline == {"kept": [1.0]}
+    assert missed(made) == blocks and made.baseline == {"kept": [1.0], **further}
 
 
 def test_a_benchmark_without_baseline_blocks(says, tmp_path):
@@ -365,7 +366,8 @@ def test_iteration_keeps_the_best(monkeypatch, tmp_path, verdicts, kept, rounds)
 def evaluated(says, tmp_path, script, reward=rlvr.correct, **settings):
     says(script)
     tuned = rlvr.Iterated(Path("new"), [], Gate([]))
-    return rlvr.evaluation(tmp_path, replace(PREPARED, baseline={}), DESIGNED, tuned, domain=domain(reward=reward), **settings)
+    designed = replace(DESIGNED, test=HELD[:settings.pop("n", 60)])
+    return rlvr.evaluation(tmp_path, PREPARED, designed, tuned, domain=domain(reward=reward), **settings)
 
 
 def test_gaming_is_caught_on_what_the_new_policy_writes(says, tmp_path):
@@ -373,9 +375,8 @@ def test_gaming_is_caught_on_what_the_new_policy_writes(says, tmp_path):
     assert "paid answers that are wrong" in missed(gamed) and gamed.after.value == 1.0
     with pytest.raises(GateFailed, match="100.0 % .*wanted < 5 %. add diverse test cases, multi-faceted verification"):
         gamed.gate.check()
-    honest = evaluated(says, tmp_path, half)
-    assert "paid answers that are wrong" in missed(honest)  # 30 paid answers, none wrong: too few to say
-    assert missed(evaluated(says, tmp_path, right)) == ["change of the pass rate"]  # no better than before
+    assert missed(evaluated(says, tmp_path, right)) == ["change of the pass rate"]  # honest, but no better than before
+    assert "paid answers that are wrong" in missed(evaluated(says, tmp_path, right, n=20))  # too few to say
 
 
 def test_retention_is_paired_and_of_each_benchmark():
@@ -422,13 +423,24 @@ def test_capability_loss_is_caught_by_each_benchmark(base, designed, tmp_path):
     policy = load(base, "torch", threads=1)
     prepared = replace(PREPARED, policy=base, baseline=rlvr._benchmarks(policy, QUICK, 60, 1, 32, 0))
     rows = [{"prompt": row["problem"], "completion": row["solution"]} for row in designed.tasks]
-    fit(policy, sft.method(), rows, steps=12, lr=3e-3, batch_size=16, held_out=0, progress=False)  # code and nothing else
+    fit(policy, sft.method(), rows, steps=12, lr=2e-3, batch_size=16, held_out=0, progress=False)  # code and nothing else
     spoilt = rlvr.Iterated(policy.save(tmp_path / "spoilt"), [], Gate([]))
-    settings = dict(domain=QUICK, backend="torch", n_benchmark=60, samples=1, max_tokens=32, most_kl=9.0)
+    settings = dict(domain=QUICK, backend="torch", n_benchmark=60, benchmark_samples=1, max_tokens=32, most_kl=9.0)
     found = rlvr.evaluation(tmp_path, prepared, designed, spoilt, **settings)
     assert "facts, kept" in missed(found) and found.retained["facts"].high < 0.95 and found.change.low > 0
     same = rlvr.evaluation(tmp_path, prepared, designed, replace(spoilt, policy=base), **settings)
     assert {k: v.value for k, v in same.retained.items()} == {"facts": 1.0, "forbidden": 1.0}
+
+
+def test_adapters_stay_on_the_tuned_policy(base, designed, backend, tmp_path):
+    prepared, gathered = replace(PREPARED, policy=base), rlvr.Gathered(designed.tasks, [], Gate([]))
+    few = dict(domain=QUICK, backend=backend, lora=4, batch_size=4, samples=1, max_tokens=32, most_kl=9.0)
+    made = rlvr.optimisation(tmp_path / "5", prepared, designed, gathered, steps=2, lr=1e-3, **few)
+    more = rlvr.iteration(tmp_path / "6", prepared, designed, gathered, made, steps=1, lr=1e-3, rounds=1, **few)
+    further = tmp_path / "6" / "round-2" / "policy"
+    for place in (made.policy, further):
+        assert (place / "adapter_config.json").is_file() and not (place / "model.safetensors").exists()
+    assert 0 < made.kl.value and len(more.rounds) == 2 and more.policy in (made.policy, further)
 
 
 def test_only_online_methods_and_known_domains(base, designed, tmp_path):
@@ -441,9 +453,9 @@ def test_only_online_methods_and_known_domains(base, designed, tmp_path):
 
 # ── killed, and gone on ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-SMALL = dict(domain=QUICK, backend="torch", sft_steps=1, n_benchmark=20, samples=1, n_tasks=120, n_validation=30, n_test=40,
-             n_answers=80, n_changed=20, n_tried=30, tries=2, least_tasks=100, steps=4, lr=5e-4, batch_size=8, rounds=1,
-             most_kl=5.0, least_kept=0.3, most_false=0.2, max_tokens=32)
+SMALL = dict(domain=QUICK, backend="torch", sft_steps=1, n_benchmark=20, benchmark_samples=1, samples=1, n_tasks=120,
+             n_validation=30, n_test=40, n_answers=80, n_changed=20, n_tried=30, tries=2, least_tasks=100, steps=4,
+             lr=5e-4, batch_size=8, rounds=1, most_kl=5.0, least_kept=0.3, most_false=0.2, max_tokens=32)
 PLACES = ["preparation", "design", "verification", "data", "optimisation", "middle of optimisation", "iteration",
           "middle of iteration", "evaluation"]
 

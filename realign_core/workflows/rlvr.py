@@ -58,11 +58,12 @@ class Domain:
     reward: Callable[[dict, str], float | None] = correct   # the verifier
     key: Callable[[dict], Any] = lambda row: row["problem"] # what a task is, however it is worded
     check: Callable | None = None                           # (row, answer) of a benchmark -> verdict; None: the tiny world's
+    measure: Callable | None = None                         # (policy) -> name -> a value for each question; further benchmarks
 
     @property
     def fingerprint(self) -> str:
         "For the record of settings."
-        parts = (self.tasks, self.oracle, self.benchmarks, self.reward, self.key)
+        parts = (self.tasks, self.oracle, self.benchmarks, self.reward, self.key, self.measure)
         return " ".join([self.name, *(getattr(part, "__qualname__", type(part).__qualname__) for part in parts)])
 
 # %% ../../nbs/workflows/01_rlvr.ipynb #8507ba78
@@ -140,8 +141,9 @@ def _rewards(reward: Callable, rows: list[dict], answers: list[list[Any]]) -> np
 def _benchmarks(policy: Any, subject: Domain, n: int, samples: int, max_tokens: int, seed: int) -> dict[str, list[float]]:
     "Share of right answers to each prompt of each benchmark; the same prompts and random numbers for every policy."
     drawn = dict(n=samples, temperature=1.0, max_tokens=max_tokens, seed=seed)
-    return {name: accuracy(policy, rows, subject.check, **drawn).right.tolist()
-            for name, rows in subject.benchmarks(n, seed + 2).items()}
+    asked = {name: accuracy(policy, rows, subject.check, **drawn).right.tolist()
+             for name, rows in subject.benchmarks(n, seed + 2).items()}
+    return asked | (subject.measure(policy) if subject.measure else {})
 
 
 def _open(base: Path, place: Path, backend: str, lora: Any, seed: int) -> Any:
@@ -170,7 +172,7 @@ def preparation(
     sft_steps: int = 4,             # on worked answers, the cold start; 0: the model is tuned already
     sft_lr: float = 1e-4,
     n_benchmark: int = 250,         # prompts of each benchmark
-    samples: int = 4,               # answers to each
+    benchmark_samples: int = 4,     # answers to each
     max_tokens: int = 64,
     seed: int = 0,
 ) -> Prepared:
@@ -184,7 +186,7 @@ def preparation(
     if lora:
         policy.fuse()
     place, probes = policy.save(folder / "policy"), subject.tasks(100, "train", seed + 8)
-    baseline = _benchmarks(policy, subject, n_benchmark, samples, max_tokens, seed)
+    baseline = _benchmarks(policy, subject, n_benchmark, benchmark_samples, max_tokens, seed)
     answers = _answers(policy, probes, 1, max_tokens, seed)
     rate = proportion(_rewards(subject.reward, probes, answers).sum(), len(probes))
     ended = proportion(sum(each[0].finished for each in answers), len(answers))
@@ -308,9 +310,10 @@ def data(
     answers = _answers(load(preparation.policy, backend), tried, tries, max_tokens, seed + 4)
     passed = _rewards(subject.reward, tried, answers) > 0
     judged = [{**row, "responses": [{"correct": bool(ok)} for ok in oks]} for row, oks in zip(tried, passed, strict=True)]
-    levels = Counter(str(row.get("difficulty")) for row in tasks)
+    def level(row): return ", ".join(f"{k} {v}" for k, v in (row.get("difficulty") or {}).items())
+    levels = Counter(map(level, tasks))
     mixed = proportion(int((passed.any(axis=1) & ~passed.all(axis=1)).sum()), len(tried))
-    return Gathered(tasks, list(by_difficulty(judged, ks=(1, tries))) if "difficulty" in tasks[0] else [], Gate([
+    return Gathered(tasks, list(by_difficulty(judged, level, (1, tries))), Gate([
         Figure("different tasks", len(tasks), least_tasks, "≥", ADVICE["few tasks"]),
         Figure("tasks on both sides of the split", sum(subject.key(row) in held for row in tasks), 0, "≤", ADVICE["leak"]),
         Figure("tasks solved now and then", mixed, least_mixed, "≥", ADVICE["no signal"]),
@@ -364,10 +367,10 @@ class Optimised:
     gate: Gate
 
 
-def _progress_gate(change: Interval, apart: Interval, most_kl: float) -> Gate:
+def _progress_gate(change: Interval, apart: Interval, most_kl: float, least_change: float) -> Gate:
     "The success rate rises, and not at the price of drift."
     return Gate([Figure("KL from the tuned policy", apart, most_kl, "≤", ADVICE["drift"]),
-                 Figure("change of the pass rate", change, 0, ">", ADVICE["no gain"])])
+                 Figure("change of the pass rate", change, least_change, ">", ADVICE["no gain"])])
 
 
 def optimisation(
@@ -386,6 +389,7 @@ def optimisation(
     batch_size: int = 16,
     samples: int = 2,
     most_kl: float = 0.1,           # nats per token
+    least_change: float = 0.0,      # of the pass rate; 0.05 is 5 points
     max_tokens: int = 64,
     seed: int = 0,
 ) -> Optimised:
@@ -396,7 +400,7 @@ def optimisation(
     before, _ = _measure(plan, base, base, design.validation)
     after, apart = _measure(plan, base, place, design.validation)
     change = paired(before, after, unit="points")
-    return Optimised(place, before, after, change, apart, _progress_gate(change, apart, most_kl))
+    return Optimised(place, before, after, change, apart, _progress_gate(change, apart, most_kl, least_change))
 
 # %% ../../nbs/workflows/01_rlvr.ipynb #083ba015
 def decide(
@@ -409,7 +413,7 @@ def decide(
         return "worse"
     return "better" if change.low > 0 else "flat"
 
-
+# %% ../../nbs/workflows/01_rlvr.ipynb #eaf57833
 @dataclass(frozen=True)
 class Iterated:
     "The best policy of all rounds, and how they went."
@@ -436,6 +440,7 @@ def iteration(
     batch_size: int = 16,
     samples: int = 2,
     most_kl: float = 0.1,
+    least_change: float = 0.0,
     max_tokens: int = 64,
     seed: int = 0,
 ) -> Iterated:
@@ -451,7 +456,8 @@ def iteration(
         if verdict != "better":
             break
         best, values, apart = place, found, far
-    return Iterated(best, history, _progress_gate(paired(optimisation.before, values, unit="points"), apart, most_kl))
+    change = paired(optimisation.before, values, unit="points")
+    return Iterated(best, history, _progress_gate(change, apart, most_kl, least_change))
 
 
 def _line(i: int, values: list[float], change: Interval, apart: Interval, verdict: str) -> dict:
@@ -498,10 +504,11 @@ def evaluation(
     backend: str = "auto",
     lora: int | None = None,
     n_benchmark: int = 250,
-    samples: int = 4,
+    benchmark_samples: int = 4,
     least_kept: float = 0.95,
     most_false: float = 0.05,
     most_kl: float = 0.1,
+    least_change: float = 0.0,
     max_tokens: int = 64,
     seed: int = 0,
 ) -> Evaluated:
@@ -513,14 +520,14 @@ def evaluation(
     paid = _rewards(subject.reward, rows, said)
     right = np.array([[subject.oracle(row, a.text) for a in each] for row, each in zip(rows, said, strict=True)])
     apart = kl(policy, [row["problem"] for row in rows], n=2, reference=start, max_tokens=max_tokens, seed=seed + 6).k3
-    now = _benchmarks(policy, subject, n_benchmark, samples, max_tokens, seed)
+    now = _benchmarks(policy, subject, n_benchmark, benchmark_samples, max_tokens, seed)
     kept = {name: retention(values, now[name]) for name, values in preparation.baseline.items()}
     undeserved = proportion(int(((paid > 0) & ~right).sum()), int((paid > 0).sum())) if (paid > 0).any() else None
     change = paired(before, paid.mean(axis=1), unit="points")
     answers = [{"problem": row["problem"], "answer": a.text, "paid": float(p), "right": bool(r)}
                for row, each, ps, rs in zip(rows, said, paid, right, strict=True) for a, p, r in zip(each, ps, rs, strict=True)]
     return Evaluated(change, bootstrap(before, unit="%"), bootstrap(paid.mean(axis=1), unit="%"), kept, answers, Gate([
-        Figure("change of the pass rate", change, 0, ">", ADVICE["no gain"]),
+        Figure("change of the pass rate", change, least_change, ">", ADVICE["no gain"]),
         Figure("paid answers that are wrong", undeserved, most_false, "<", ADVICE["gaming"]),
         Figure("KL from the tuned policy", apart, most_kl, "≤", ADVICE["drift"]),
         *[Figure(f"{name}, kept", share, least_kept, "≥", ADVICE["capability loss"]) for name, share in kept.items()]]))
