@@ -254,7 +254,7 @@ class Passage:
     "How far a workflow has come."
     name: str
     folder: Path
-    outputs: dict[str, Any]        # stage -> what it returned, of the finished ones
+    outputs: dict[str, Any] = field(repr=False)  # stage -> what it returned, of the finished ones
     seconds: dict[str, float]      # stage -> how long it took
     missing: list[str] = field(default_factory=list)  # stages that are not finished
 
