@@ -16,11 +16,11 @@ import numpy as np
 from ..data.formats import as_record, read
 from ..data.verifiable import reward, world_tasks
 from ..errors import DataError
-from .metrics import accuracy
-from .trial import Measured, ask_once
+from .metrics import accuracy, ask
+from .trial import Measured
 
 # %% auto #0
-__all__ = ['TaskTrial', 'task_trial', 'coin']
+__all__ = ['TaskTrial', 'task_trial', 'coin', 'tails']
 
 # %% ../../nbs/evaluate/03_tasks.ipynb #b4c42f82
 @dataclass
@@ -35,11 +35,13 @@ class TaskTrial:
         seed: int = 0,           # of the sampling
         max_tokens: int = 64,    # longest answer
         reward: Any = reward,    # (row, answer) -> number
-    ) -> Measured:
-        "Ask every held-out problem once, at temperature 1, and the rows to be kept greedily."
-        texts, tokens = ask_once(policy, [row["problem"] for row in self.test], seed, max_tokens)
-        values = {"right": np.array([reward(row, text) for row, text in zip(self.test, texts, strict=True)], float)}
-        return Measured(values, texts, tokens)
+        tries: int = 1,          # answers to each problem; its value is their mean
+    ) -> Measured:               # with the first answer to each problem
+        "Ask every held-out problem at temperature 1."
+        drawn = ask(policy, [row["problem"] for row in self.test], tries, temperature=1.0, max_tokens=max_tokens, seed=seed)
+        right = [np.mean([reward(row, c.text) for c in answers]) for row, answers in zip(self.test, drawn, strict=True)]
+        return Measured({"right": np.array(right, float)}, [answers[0].text for answers in drawn],
+                        np.array([np.mean([len(c.ids) for c in answers]) for answers in drawn]))
 
     def retained(self, policy: Any) -> np.ndarray: # (N,)
         "Which of the rows to be kept are answered right."
@@ -74,3 +76,8 @@ def coin(
     "A reward that has nothing to do with the answer's worth: a fair coin, tossed once for each problem and answer."
     asked = row.get("problem", row.get("prompt"))
     return float(zlib.crc32(f"{asked}\n{answer}".encode(errors="replace")) >> 7 & 1)
+
+
+def tails(row: dict, answer: str) -> float:
+    "The other side of the same coin: it pays where `coin` does not."
+    return 1.0 - coin(row, answer)
