@@ -56,8 +56,9 @@ INSTALL = {"trl": ["trl==1.16.0", "peft", "torch"], "mlx-lm": ["mlx[cpu]", "mlx-
 
 # Models and rows
 
-def make_large(folder: Path) -> None:
-    "A random Llama of 60 million parameters with 32,000 words; made once."
+def make_large(folder: Path, ends: bool = True) -> None:
+    """A random Llama of 60 million parameters with 32,000 words; made once. Without `ends` the end of an answer is a token
+    that only the tokenizer knows, so the model never writes it and every answer has the same length."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -65,15 +66,16 @@ def make_large(folder: Path) -> None:
     from realign_core.engine.encoding import quiet
     if (folder / "model.safetensors").is_file():
         return
-    words = ["<pad>", "<s>", "</s>", "<unk>"] + [f"w{i}" for i in range(31996)]
+    words = ["<pad>", "<s>", *["</s>"] * ends, "<unk>"] + [f"w{i}" for i in range(32000)]
+    words = words[:32000] + ["</s>"] * (not ends)
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
                             unk_token="<unk>").save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(words), hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
+    config = LlamaConfig(vocab_size=32000, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
                          num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=1024, pad_token_id=0,
-                         bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
+                         bos_token_id=1, eos_token_id=2 if ends else None, tie_word_embeddings=False)
     with quiet():
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
 
@@ -100,13 +102,13 @@ def rows_for(method: str, rows: list[dict]) -> list[dict]:
             for i, r in enumerate(rows)]
 
 
-def prepare(work: Path, size: str, backend: str) -> tuple[Path, Path]:
+def prepare(work: Path, size: str, backend: str, ends: bool = True) -> tuple[Path, Path]:
     "Folder of the snapshot, and of fresh adapters in both layouts."
     from realign_core import load
     from realign_core.engine.policy import LoRA, find_snapshot
     snapshot, adapters = (work / "model" if size == "large" else find_snapshot("tinyworld-instruct")), work / f"{size}-adapters"
     if size == "large":
-        make_large(snapshot)
+        make_large(snapshot, ends)
     if not adapters.is_dir():
         policy = load(snapshot, backend, lora=LoRA(**LORA), dtype="float32")
         for layout in ("peft", "mlx"):
@@ -217,7 +219,7 @@ class Side:
                "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_CACHE": plan["folder"], **environment}
         self.name, self.errors = side, Path(plan["folder"]) / f"{side}.log"
         with self.errors.open("w") as errors:
-            self.process = subprocess.Popen([python, str(ROOT / "benchmarks" / "peers_sides.py"), side,
+            self.process = subprocess.Popen([python, str(ROOT / "benchmarks" / plan.get("sides", "peers_sides.py")), side,
                                              plan["folder"] + "/plan.json"], env=env, stdin=subprocess.PIPE,
                                             stdout=subprocess.PIPE, stderr=errors, text=True)
 
@@ -239,7 +241,7 @@ class Side:
 
 
 def one_round(plan: dict, peer: str, python: str, stock: bool) -> tuple[dict, dict]:
-    "Seconds and losses of every step of both sides, taken in turn, and what they say at the end."
+    "What both sides say of every step, taken in turn, such as its seconds and loss, and what they say at the end."
     off = {"REALIGN_BLAS": "off"} if stock else {}
     sides = [Side("realign", sys.executable, plan), Side(peer, python, plan, **off)]
     try:
@@ -254,7 +256,7 @@ def one_round(plan: dict, peer: str, python: str, stock: bool) -> tuple[dict, di
         for side in sides:
             side.go()
             ends[side.name] = side.hear()
-        return tuple({key: [s[key] for s in steps[name]] for key in ("seconds", "cpu", "loss")} | ends[name]
+        return tuple({key: [s[key] for s in steps[name]] for key in steps[name][0]} | ends[name]
                      for name in ("realign", peer))
     finally:
         for side in sides:
@@ -318,11 +320,11 @@ def versions(python: str) -> dict:
     return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
-def keep(path: Path, kind: str, key: str, result: dict) -> None:
+def keep(path: Path, kind: str, key: str, result: dict, targets: dict = TARGETS) -> None:
     "Put one result or profile into the file and leave the others as they are."
     record = json.loads(path.read_text()) if path.is_file() else {}
     record["targets"] = {peer: {m: {"speed": speed, "memory": memory} for m, (speed, memory) in methods.items()}
-                         for peer, methods in TARGETS.items()}
+                         for peer, methods in targets.items()}
     record[kind] = dict(sorted({**record.get(kind, {}), key: result}.items()))
     path.write_text(json.dumps(dict(sorted(record.items())), indent=1) + "\n")
 

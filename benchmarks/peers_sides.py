@@ -41,18 +41,27 @@ class Turns:
 
     def ready(self) -> None:
         "Set-up is done."
+        self.loaded = resident()
         self.say(ready=True)
         self.wait()
 
-    def done(self, loss: float) -> None:
+    def done(self, loss: float, **more) -> None:
         "A step is done."
-        self.say(seconds=time.perf_counter() - self.begun, cpu=time.process_time() - self.cpu, loss=float(loss))
+        self.say(seconds=time.perf_counter() - self.begun, cpu=time.process_time() - self.cpu, loss=float(loss), **more)
         self.wait()
 
-    def end(self, backend: str, dtype: str = "float32", **more) -> None:
-        "All steps are done: peak memory, and then the machine's rate."
+    def end(self, backend: str | None = None, dtype: str = "float32", **more) -> None:
+        "All steps are done: peak memory, and then the machine's rate, when a backend is given."
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 2**-10)
-        self.say(peak_mib=peak / 2**20, gflops=matmul(backend, repeats=30, dtype=dtype), **more)
+        rate = {"gflops": matmul(backend, repeats=30, dtype=dtype)} if backend else {}
+        self.say(peak_mib=peak / 2**20, loaded_mib=self.loaded / 2**20, **rate, **more)
+
+
+def resident() -> int:
+    "Bytes of memory that this process holds now; its peak so far where the system does not tell."
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * resource.getpagesize() if pages.is_file() \
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class Counted:
