@@ -104,8 +104,11 @@ def as_model(
     max_tokens: int = 256,  # longest answer, where a task does not say
 ) -> Any:                   # an `lm_eval.api.model.LM`
     "The policy as the harness wants it."
-    def stops(request): return [request.args[1].get("until") or []] if isinstance(request.args[1].get("until") or [], list) else [
-        [request.args[1]["until"]]]
+    def write(request):
+        context, settings = request.args
+        stops = settings.get("until") or []
+        return texts_until(policy, [context], [[stops] if isinstance(stops, str) else stops],
+                           settings.get("max_gen_toks", max_tokens), settings.get("temperature", 0.0))[0]
 
     class Model(_harness().api.model.LM):
         tokenizer_name = str(policy.source)
@@ -117,7 +120,7 @@ def as_model(
             return [total for total, _ in likelihoods(policy, [("", request.args[0]) for request in requests])]
 
         def generate_until(self, requests, **_):
-            return [texts_until(policy, [r.args[0]], stops(r), r.args[1].get("max_gen_toks", max_tokens))[0] for r in requests]
+            return [write(request) for request in requests]
 
         def apply_chat_template(self, chat_history, add_generation_prompt=True):
             return policy.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt)
@@ -136,7 +139,8 @@ def examine(
     harness = _harness()
     manager = harness.tasks.TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
-        raise DataError("unknown task", file=str(folder) if folder else None, found=unknown[0], wanted=", ".join(manager.all_tasks[:8]))
+        known = ", ".join(manager.all_tasks[:8])
+        raise DataError("unknown task", file=str(folder) if folder else None, found=unknown[0], wanted=known)
     found = harness.simple_evaluate(as_model(policy), tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0,
                                     log_samples=True, apply_chat_template=chat, verbosity="ERROR")
     values = {}
@@ -149,7 +153,7 @@ def examine(
 def write_task(
     folder: str | Path,
     name: str,
-    rows: Sequence[dict],     # question, choices (a list of texts), label (the index of the right one)
+    rows: Sequence[dict],     # question, choices (texts; a space comes before them), label (the index of the right one)
 ) -> Path:                    # the YAML file
     "A multiple-choice task as two files, so that nothing is fetched: NAME.yaml and NAME.jsonl."
     folder = Path(folder).resolve()
