@@ -253,7 +253,7 @@ class Workflow:
 class Passage:
     "How far a workflow has come."
     name: str
-    folder: Path
+    folder: Path = field(repr=False)
     outputs: dict[str, Any] = field(repr=False)  # stage -> what it returned, of the finished ones
     seconds: dict[str, float]      # stage -> how long it took
     missing: list[str] = field(default_factory=list)  # stages that are not finished
