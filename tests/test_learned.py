@@ -117,8 +117,8 @@ def test_over_optimisation_and_loss_are_caught(said, pays, kept, blocks, monkeyp
 
 # ── all of it, on the shipped model ──────────────────────────────────────────────────────────────────────────────────────
 
-SMALL = dict(n_held=6, n_benchmark=4, n_pairs=120, n_examined=24, least_pairs=10, least_accuracy=0.0, reward_steps=2, n_prompts=16,
-             batch_size=4, steps=2, max_tokens=16, most_kl=9.0, params={"updates": 1})
+SMALL = dict(n_held=6, n_benchmark=4, n_pairs=120, n_examined=24, least_pairs=10, least_accuracy=0.0, reward_steps=2,
+             n_prompts=16, batch_size=4, steps=2, max_tokens=16, most_kl=9.0, params={"updates": 1})
 
 
 @pytest.mark.parametrize("lora", [None, 4], ids=["full", "lora"])
