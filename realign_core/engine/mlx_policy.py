@@ -21,6 +21,7 @@ from .adapters import Tensors, read_adapter, write_adapter
 from .batching import Shared, check_sharing, worth_sharing
 from .blas import prepare_mlx
 from .encoding import load_tokenizer, stop_tokens
+from .interventions import PLACES, Acting, Intervening
 from realign_core.engine.policy import (
     CHUNK_BYTES, AdamW, Batch, Completion, LoRA, Objective, RewardModel, Written, check_batch, chosen_points, complete,
     ends_read, head_weights, is_reward, left_padded, matching_layers, read_state, reward_config, window, write_snapshot,
@@ -429,6 +430,35 @@ def _recording(backbone: nn.Module) -> Iterator[list[tuple[mx.array, mx.array]]]
     finally:
         backbone.layers = original
 
+# %% ../../nbs/engine/04_mlx.ipynb #628915dc
+def _handing(kind: type, before: Callable | None, after: Callable | None) -> type:
+    "A module's class that hands over its first input, or its output."
+    class Handing(kind):
+        def __call__(self, x, *args, **kwargs):
+            out = kind.__call__(self, before(x) if before else x, *args, **kwargs)
+            return after(out) if after else out
+    return Handing
+
+
+@contextmanager
+def _attached(blocks: list, acting: Acting) -> Iterator[None]:
+    "What passes is replaced by what `acting` returns, for the length of a block; raises `ModelError`."
+    def change(at, layer): return lambda x: acting(at, layer, x.astype(mx.float32)).astype(x.dtype)
+    changed = []
+    try:
+        for at, layer in acting.places:
+            first = (at, layer) == ("stream", 0)
+            block = blocks[layer if first or at != "stream" else layer - 1]
+            module = block if at == "stream" else getattr(block, PLACES[at], None)
+            if module is None:
+                raise ModelError(f"layer {layer} has no {PLACES[at]!r}, so at={at!r} is not supported for this family")
+            changed.append((module, type(module)))
+            module.__class__ = _handing(type(module), *((change(at, layer), None) if first else (None, change(at, layer))))
+        yield
+    finally:
+        for module, kind in reversed(changed):
+            module.__class__ = kind
+
 # %% ../../nbs/engine/04_mlx.ipynb #b99c7c7f
 def _choose_tokens(
     logps: mx.array,            # (R, V) log-probabilities at temperature 1
@@ -457,9 +487,9 @@ def _nucleus(probs: mx.array, top_p: float) -> mx.array:
     return mx.put_along_axis(mx.zeros_like(probs), order, kept, axis=-1)
 
 # %% ../../nbs/engine/04_mlx.ipynb #82a9520a
-def _read(model: nn.Module, head: _Head, prompts: list[list[int]], room: int, make_cache: Callable):
+def _read(model: nn.Module, head: _Head, prompts: list[list[int]], room: int, make_cache: Callable, apart=None):
     "Logits (R, V) after the prompts, and one cache for each layer with room for `room` more tokens a row."
-    ids, padding, places = left_padded(prompts)
+    ids, padding, places = left_padded(prompts, apart)
     caches = [make_cache(mx.array(padding), ids.shape[1] + room) for _ in model.model.layers]
     logits = head(model.model(mx.array(ids), caches)[:, -1:])[:, 0]
     places = mx.array(places)
@@ -470,7 +500,7 @@ def _read(model: nn.Module, head: _Head, prompts: list[list[int]], room: int, ma
 
 def _decode(model: nn.Module, head: _Head, make_cache: Callable, prompts, written: Written, temperature, top_p) -> None:
     "Complete every row of a batch."
-    logits, caches = _read(model, head, prompts, int(written.limits.max()), make_cache)
+    logits, caches = _read(model, head, prompts, int(written.limits.max()), make_cache, written.apart)
     while True:
         logps = logits.astype(mx.float32)
         logps = logps - _log_normaliser(logps)
@@ -516,7 +546,7 @@ def _check_names(arrays: dict[str, mx.array], folder: Path) -> None:
                          "saved whole; train it with lora=")
 
 # %% ../../nbs/engine/04_mlx.ipynb #388b03e8
-class _Loaded:
+class _Loaded(Intervening):
     "Model, tokenizer, adapters, reference."
     backend, reward = "mlx", False
 
@@ -570,6 +600,7 @@ class _Loaded:
     @contextmanager
     def _as_reference(self) -> Iterator[None]:
         "Inside, the model is the reference."
+        self._outside()
         if self._adapters:
             linear = {name: module.linear for name, module in self._adapters.items()}
             swap, back = (partial(_place, self._model, modules) for modules in (linear, self._adapters))
@@ -589,6 +620,16 @@ class _Scoring(_Loaded):
     "score, entropy, hidden_states, generate."
     share: bool | None = None  # read common prefixes once: None where it pays, True wherever there are some, False never
 
+    _tensor = staticmethod(mx.array)
+
+    def sizes(self) -> tuple[int, int]:
+        "Width of the residual stream, and number of layers."
+        return self._model.model.embed_tokens(mx.array([0])).shape[-1], len(self._model.model.layers)
+
+    def _attached(self, acting: Acting):
+        "The block in which interventions act."
+        return _attached(self._model.model.layers, acting)
+
     def _hidden(self, batch: Batch, columns: int) -> mx.array: # (B, columns, D)
         "The backbone's output for the first `columns` tokens of each row of a batch of MLX arrays."
         segments = None if batch.segments is None else batch.segments[:, :columns]
@@ -597,6 +638,7 @@ class _Scoring(_Loaded):
 
     def _states(self, batch: Batch, before: int) -> Callable:
         "What gives the hidden states (N, D) before the targets of a checked batch, all of them in its first columns."
+        self._announce(batch)
         arrays, mask = batch.convert(mx.array), np.asarray(batch.mask)
         if shared := worth_sharing(batch, self.share, padded=True) if self.can_share else None:
             make_cache = partial(_Prefix, dtype=self._dtype, window=self._window)
@@ -629,9 +671,11 @@ class _Scoring(_Loaded):
         "Residual stream before each layer and after the last (before the final norm), or at chosen `layers`."
         points, width = chosen_points(layers, len(self._model.model.layers)), np.asarray(batch.ids).shape[1]
         check_batch(batch, self.max_length, self.vocab, columns=width)
+        self._announce(batch)
         with _recording(self._model.model) as seen:
             self._hidden(batch.convert(mx.array), width)
-        stream = [seen[0][0], *[after for _, after in seen]]
+        first = seen[0][0] if self._acting is None else self._acting("stream", 0, seen[0][0].astype(mx.float32))
+        stream = [first, *[after for _, after in seen]]  # an intervention before the first layer acts behind the recorder
         return np.array(mx.stack([stream[i].astype(mx.float32) for i in points]))
 
     def generate(self, prompts: list[list[int]], *, n: int = 1, max_tokens: int = 64, temperature: float = 1.0,
@@ -640,7 +684,8 @@ class _Scoring(_Loaded):
 
         A completion stops at the model's window. Raises `ModelError` for a prompt that is empty or fills the window."""
         make_cache = partial(_Cache, dtype=self._dtype, window=self._window)
-        return complete(self, partial(_decode, self._model, self._head, make_cache), prompts, n=n, max_tokens=max_tokens,
+        watched = self._watched(partial(_decode, self._model, self._head, make_cache), len(prompts))
+        return complete(self, watched, prompts, n=n, max_tokens=max_tokens,
                         temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size)
 
 # %% ../../nbs/engine/04_mlx.ipynb #ee21fe4c

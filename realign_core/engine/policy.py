@@ -12,6 +12,7 @@ import platform
 import shutil
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -118,6 +119,10 @@ class Policy(Protocol):
         "Entropy (B, T) in nats of the distribution that each target was drawn from, 0 elsewhere; no gradient."
     def hidden_states(self, batch: Batch, layers: list[int] | None = None) -> np.ndarray:
         "Residual stream (L+1, B, T, D) float32 before each layer and after the last, or at chosen `layers`."
+    def sizes(self) -> tuple[int, int]:
+        "Width D of the residual stream, and number of layers L."
+    def intervene(self, *interventions: Any, check: bool = True) -> AbstractContextManager:
+        "A block inside which hidden states are changed on the way, as `engine.interventions` says."
     def generate(self, prompts: list[list[int]], *, n: int = 1, max_tokens: int = 64, temperature: float = 1.0,
                  top_p: float = 1.0, seed: int = 0, batch_size: int = 64) -> list[list[Completion]]:
         "`n` completions for each prompt (token ids). Temperature 0 is greedy."
@@ -229,12 +234,14 @@ def sampling_noise(
 # %% ../../nbs/engine/02_policy.ipynb #78683834
 def left_padded(
     prompts: list[list[int]],  # of R rows, repeats included
+    apart: Any = None,         # (R,) labels: what differs here is no repeat
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "The P different prompts (P, L), how many columns of padding each has (P,), and the place of each row's prompt (R,)."
-    places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    width = max(map(len, places))
-    ids = np.array([[0] * (width - len(p)) + list(p) for p in places], dtype=np.int32)
-    return ids, np.array([width - len(p) for p in places]), np.array([places[tuple(p)] for p in prompts])
+    keys = list(zip(map(tuple, prompts), [0] * len(prompts) if apart is None else apart, strict=True))
+    places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+    width = max(len(p) for p, _ in places)
+    ids = np.array([[0] * (width - len(p)) + list(p) for p, _ in places], dtype=np.int32)
+    return ids, np.array([width - len(p) for p, _ in places]), np.array([places[key] for key in keys])
 
 # %% ../../nbs/engine/02_policy.ipynb #7e33b12c
 class Written:
@@ -250,6 +257,7 @@ class Written:
         self.lengths = np.zeros(len(limits), dtype=int)  # 0 while a row is running
         self.rows, self.step = np.arange(len(limits)), 0
         self.limits, self.stops, self.noise = limits, stops, noise
+        self.prompts, self.apart = np.arange(len(limits)), None  # number of each row's prompt; labels for `left_padded`
 
     @property
     def uniform(self) -> np.ndarray | None:
@@ -289,6 +297,7 @@ def complete(
         part = rows[start:start + batch_size]
         limits = np.array([min(max_tokens, policy.max_length - len(prompts[p])) for p, _ in part])
         written = Written(limits, policy.stops, None if temperature == 0 else sampling_noise(seed, part, int(limits.max())))
+        written.prompts = np.array([p for p, _ in part])
         decode([prompts[p] for p, _ in part], written, temperature, top_p)
         found |= zip(part, written.completions(policy.tokenizer), strict=True)
     return [[found[p, s] for s in range(n)] for p in range(len(prompts))]

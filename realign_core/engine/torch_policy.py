@@ -23,6 +23,7 @@ from ..errors import ModelError, TrainingError
 from .adapters import Tensors, read_adapter, write_adapter
 from .batching import Shared, check_sharing, worth_sharing
 from .encoding import load_tokenizer, quiet, stop_tokens
+from .interventions import PLACES, Acting, Intervening
 from realign_core.engine.policy import (
     CHUNK_BYTES, AdamW, Batch, Completion, LoRA, Objective, RewardModel, Written, check_batch, chosen_points, complete,
     ends_read, head_weights, is_reward, left_padded, matching_layers, read_state, reward_config, window, write_snapshot,
@@ -31,8 +32,8 @@ from realign_core.engine.policy import (
 # %% auto #0
 __all__ = ['ROOM', 'pick_device', 'own_random', 'load_model', 'target_states', 'Head', 'target_logps', 'frozen_head_logps',
            'scatter', 'Reading', 'attend', 'shared_states', 'choose', 'nucleus', 'prefill', 'append', 'decode',
-           'adapted_layers', 'add_adapters', 'layer_parameters', 'write_layer', 'residual_stream', 'Optimizer',
-           'check_scores', 'TorchPolicy', 'TorchReward', 'TorchValue']
+           'adapted_layers', 'add_adapters', 'layer_parameters', 'write_layer', 'residual_stream', 'attached',
+           'Optimizer', 'check_scores', 'TorchPolicy', 'TorchReward', 'TorchValue']
 
 # %% ../../nbs/engine/03_torch.ipynb #cecdbe8c
 def pick_device() -> torch.device:
@@ -260,10 +261,11 @@ def nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
 def prefill(
     model: nn.Module,
     prompts: list[list[int]],    # of R rows, of similar length
+    apart: Any = None,           # (R,) labels of rows that share nothing, as `left_padded` takes them
 ) -> tuple[Any, torch.Tensor, torch.Tensor]:
     "The cache, attention mask (R, L) and last hidden states (R, D) after reading each different prompt once."
     from transformers.cache_utils import DynamicCache, DynamicLayer
-    ids, padding, places = (torch.from_numpy(x).long().to(model.device) for x in left_padded(prompts))
+    ids, padding, places = (torch.from_numpy(x).long().to(model.device) for x in left_padded(prompts, apart))
     attend = (torch.arange(ids.shape[1], device=model.device) >= padding[:, None]).long()
     cache = DynamicCache(config=model.config)
     hidden = model.base_model(
@@ -311,7 +313,7 @@ def decode(
     top_p: float,
 ) -> None:
     "Complete every row."
-    cache, attend, hidden = prefill(model, prompts)
+    cache, attend, hidden = prefill(model, prompts, written.apart)
     padded, positions = not bool(attend.all()), attend.sum(-1)
     while True:
         noise = None if written.uniform is None else torch.from_numpy(written.uniform).to(model.device)
@@ -403,6 +405,38 @@ def residual_stream(
             hook.remove()
     return torch.stack([found[i % (len(blocks) + 1)].float() for i in points])
 
+# %% ../../nbs/engine/03_torch.ipynb #f728e786
+@contextmanager
+def attached(
+    backbone: nn.Module,   # a model without its head
+    acting: Acting,        # called at its places with what passes there, in float32
+) -> Iterator[None]:
+    "What passes is replaced by what `acting` returns, for the length of a block; raises `ModelError`."
+    def change(place, x): return acting(*place, x.float()).to(x.dtype)
+    def before(place):
+        def hook(_, args, more):
+            if args:
+                return (change(place, args[0]), *args[1:]), more
+            return args, more | {"hidden_states": change(place, more["hidden_states"])}
+        return hook
+    def after(place):
+        return lambda _, args, out: (change(place, out[0]), *out[1:]) if isinstance(out, tuple) else change(place, out)
+    blocks, hooks = backbone.layers, []
+    try:
+        for at, layer in acting.places:
+            block = blocks[min(layer, len(blocks) - 1)]
+            if at == "stream" and layer < len(blocks):
+                hooks.append(block.register_forward_pre_hook(before((at, layer)), with_kwargs=True))
+                continue
+            module = block if at == "stream" else getattr(block, PLACES[at], None)
+            if module is None:
+                raise ModelError(f"layer {layer} has no {PLACES[at]!r}, so at={at!r} is not supported for this family")
+            hooks.append(module.register_forward_hook(after((at, layer))))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
 # %% ../../nbs/engine/03_torch.ipynb #6f82e59e
 class Optimizer:
     "AdamW on float32 weights, and on float32 copies of weights that have fewer bits."
@@ -453,7 +487,7 @@ class Optimizer:
         self._round()
 
 # %% ../../nbs/engine/03_torch.ipynb #63184a40
-class _Loaded:
+class _Loaded(Intervening):
     "Model, tokenizer, adapters, reference."
     backend, reward = "torch", False
 
@@ -513,6 +547,7 @@ class _Loaded:
     @contextmanager
     def _reference(self) -> Iterator[tuple[nn.Module, Head]]:
         "The reference model and its head, for the length of a block."
+        self._outside()
         if self.lora is not None:
             with self._wrapper.disable_adapter():
                 yield self.model, self.head
@@ -544,8 +579,23 @@ class _Scoring(_Loaded):
     def _tensor(self, x) -> torch.Tensor:
         return torch.tensor(np.asarray(x), device=self.device)
 
+    def _backbone(self) -> nn.Module:
+        "The model without its head; raises `ModelError` when its layers cannot be found."
+        if not hasattr(backbone := self.model.base_model, "layers"):
+            raise ModelError(f"{self.source}: hidden states of model type {self.config.get('model_type')!r} are not supported")
+        return backbone
+
+    def sizes(self) -> tuple[int, int]:
+        "Width of the residual stream, and number of layers."
+        return self.model.config.get_text_config().hidden_size, len(self._backbone().layers)
+
+    def _attached(self, acting: Acting):
+        "The block in which interventions act."
+        return attached(self._backbone(), acting)
+
     def _states(self, batch: Batch, used: int, model: nn.Module) -> torch.Tensor: # (N, D)
         "Hidden states before the targets of a checked batch; `used` columns hold all of them."
+        self._announce(batch)
         if shared := worth_sharing(batch, self.share) if self.can_share else None:
             return shared_states(model, batch, shared)
         positions = None if batch.positions is None else self._tensor(batch.positions[:, :used]).long()
@@ -580,11 +630,9 @@ class _Scoring(_Loaded):
     @torch.no_grad()
     def hidden_states(self, batch: Batch, layers: list[int] | None = None) -> np.ndarray:
         "Residual stream (L+1, B, T, D) float32 before each layer and after the last, or at the chosen `layers`."
-        backbone = self.model.base_model
-        if not hasattr(backbone, "layers"):
-            raise ModelError(f"{self.source}: hidden states of model type {self.config.get('model_type')!r} are not supported")
-        points = chosen_points(layers, len(backbone.layers))
+        points = chosen_points(layers, len((backbone := self._backbone()).layers))
         check_batch(batch, self.max_length, self.vocab, columns=np.asarray(batch.ids).shape[1])
+        self._announce(batch)
         def tensor(x): return None if x is None else torch.tensor(np.asarray(x), device=self.device).long()
         return residual_stream(backbone, tensor(batch.ids), tensor(batch.positions), points).cpu().numpy()
 
@@ -593,7 +641,8 @@ class _Scoring(_Loaded):
         """`n` completions for each prompt (token ids); temperature 0 is greedy. The batch size changes no result.
 
         A completion stops at the model's window. Raises `ModelError` for a prompt that is empty or fills the window."""
-        return complete(self, partial(decode, self.model, self.head), prompts, n=n, max_tokens=max_tokens,
+        watched = self._watched(partial(decode, self.model, self.head), len(prompts))
+        return complete(self, watched, prompts, n=n, max_tokens=max_tokens,
                         temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size)
 
 # %% ../../nbs/engine/03_torch.ipynb #7a7b7b0e
