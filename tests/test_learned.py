@@ -1,8 +1,7 @@
-"""Preferences, reward model, PPO: each gate opens when it should and is shown to block; what was done is not done again."""
+"""Reward model, PPO, evaluation: each gate opens when it should and is shown to block; what was done is not done again."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,45 +10,13 @@ import pytest
 from realign_core.errors import GateFailed
 from realign_core.evaluate.metrics import proportion
 from realign_core.workflows import learned
+from realign_core.workflows.dpo import Gathered, Prepared, style
 from realign_core.workflows.gates import Gate, load_run, report
-from realign_core.workflows.learned import Gathered, Optimised, Prepared, Trained, style
-
-ENOUGH = dict(n_pairs=64, n_examined=24, least_pairs=40)
+from realign_core.workflows.learned import Optimised, Trained
 
 
 def missed(output):
     return {figure.name for figure in output.gate.missed}
-
-
-# ── preferences ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-def test_good_pairs_pass(tmp_path):
-    found = learned.preferences(tmp_path, taste=style(), **ENOUGH)
-    assert not missed(found) and len(found.pairs) == 64 and len(found.held_out) == 24
-
-
-def same_on_both_sides(n, split, seed):
-    return style().pairs(n, "train", 0)
-
-
-def always_longer(n, split, seed):
-    more = " Thank you for asking me, I am glad to help you with it."
-    return [{**p, "chosen": p["chosen"] + more} for p in style().pairs(n, split, seed)]
-
-
-def always_shorter(n, split, seed):
-    return [{"prompt": p["prompt"], "chosen": p["rejected"], "rejected": p["chosen"]} for p in always_longer(n, split, seed)]
-
-
-def ten_pairs(n, split, seed):
-    return style().pairs(10, split, seed) * (n // 10)
-
-
-@pytest.mark.parametrize(("pairs", "blocks"), [
-    (same_on_both_sides, {"prompts on both sides of the split"}), (ten_pairs, {"different pairs"}),
-    (always_longer, {"better answer is the longer one"}), (always_shorter, {"better answer is the longer one"})])
-def test_bad_pairs_block(pairs, blocks, tmp_path):
-    assert blocks <= missed(learned.preferences(tmp_path, taste=replace(style(), pairs=pairs), **ENOUGH))
 
 
 # ── reward model ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -107,8 +74,8 @@ def test_over_optimisation_and_loss_are_caught(said, pays, kept, blocks, monkeyp
     judge = SimpleNamespace(many=lambda rows, texts: [WORTH[pays](text) for text in texts])
     monkeypatch.setattr(learned, "load", lambda *a, **k: None)
     monkeypatch.setattr(learned.reward, "Learned", lambda *a, **k: judge)
-    monkeypatch.setattr(learned, "_answers", lambda policy, rows, *a: [SAID[said]] * len(rows))
-    monkeypatch.setattr(learned, "_benchmarks", lambda *a: {"facts": [kept] * 100})
+    monkeypatch.setattr(learned, "answers", lambda policy, rows, *a: [SAID[said]] * len(rows))
+    monkeypatch.setattr(learned, "benchmarks", lambda *a: {"facts": [kept] * 100})
     before = Prepared({"facts": [1.0] * 100}, [0.3] * 60, Gate([]))
     judged, policy = Trained(tmp_path, None, Gate([])), Optimised(tmp_path, None, Gate([]))
     found = learned.evaluation(tmp_path, before, judged, policy, n_held=60)

@@ -5,7 +5,6 @@
 # %% ../../nbs/workflows/03_learned.ipynb #7e9aba31
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,143 +14,15 @@ import numpy as np
 from ..data.formats import read
 from ..engine.policy import load
 from ..engine.training import fit
-from ..evaluate.metrics import Interval, accuracy, ask, bootstrap, kl, paired, proportion
+from ..evaluate.metrics import Interval, kl, paired, proportion
 from ..methods import ppo, reward
+from .dpo import (
+    ADVICE, Gathered, Prepared, Taste, answers, benchmarks, longer, preferences, preparation, style)
 from .gates import Figure, Gate, Workflow
 from .rlvr import retention
 
 # %% auto #0
-__all__ = ['ADVICE', 'LEARNED', 'Taste', 'style', 'Prepared', 'preparation', 'Gathered', 'preferences', 'Trained', 'reward_model',
-           'Optimised', 'optimisation', 'Evaluated', 'evaluation', 'run']
-
-# %% ../../nbs/workflows/03_learned.ipynb #9e008bf9
-ADVICE = {
-    "few pairs": "more pairs; a reward model from a few hundred knows one obvious trait",
-    "leak": "take the shared prompts out of the training side",
-    "length": "balance the pairs by length, or the reward model will learn length",
-    "accuracy": "more or cleaner pairs, another learning rate, a larger model; below this, maximising it spreads its mistakes",
-    "slice": "look at the pairs it ranks wrong: it has learnt a stand-in for quality",
-    "drift": "reduce the learning rate, strengthen the KL penalty",
-    "no gain": "look at the critic's error, reward and entropy; more steps",
-    "over-optimised": "stop earlier, strengthen the KL penalty, or label answers of the new policy and train on them",
-    "capability loss": "roll back, mix in prompts of what was lost"}
-
-
-@dataclass(frozen=True)
-class Taste:
-    "What is liked, in pairs, and how it is known whether it was understood."
-    name: str
-    pairs: Callable[[int, str, int], list[dict]]             # (n, "train" or "heldout", seed) -> preference rows
-    prompts: Callable[[int, str, int], list[dict]]           # (n, "train" or "heldout", seed) -> prompt rows
-    quality: Callable[[dict, str], float]                    # (prompt row, answer) -> what is really wanted, from 0 to 1
-    benchmarks: Callable[[int, int], dict[str, list[dict]]]  # (n, seed) -> name -> prompt rows of what must not be lost
-
-    @property
-    def fingerprint(self) -> str:
-        "For the record of settings."
-        return " ".join([self.name, *(part.__qualname__ for part in (self.pairs, self.prompts, self.quality))])
-
-# %% ../../nbs/workflows/03_learned.ipynb #ce441f5e
-def _style_pairs(n: int, split: str, seed: int) -> list[dict]:
-    from realign_core.tinyworld import World, preference_rows
-    return preference_rows(World(), "style", n, split=split, seed=seed)
-
-
-def _facts(n: int, split: str, seed: int) -> list[dict]:
-    from realign_core.tinyworld import World
-    return World().rows("facts", n, split=split, seed=seed)
-
-
-def _plain_and_polite(row: dict, answer: str) -> float:
-    from realign_core.tinyworld import style_of
-    style = style_of(answer)
-    return float(style["polite"] and not style["padded"])
-
-
-def _kept(n: int, seed: int) -> dict[str, list[dict]]:
-    from realign_core.tinyworld import World
-    return {kind: World().rows(kind, n, split="heldout", seed=seed) for kind in ("facts", "format", "forbidden")}
-
-
-def style() -> Taste:
-    "Plain, polite answers to questions of fact."
-    return Taste("style", _style_pairs, _facts, _plain_and_polite, _kept)
-
-# %% ../../nbs/workflows/03_learned.ipynb #31d3f794
-@dataclass(frozen=True)
-class Prepared:
-    "What the tuned policy can do, and how good its answers are."
-    baseline: dict[str, list[float]]   # benchmark -> share of right answers to each prompt
-    quality: list[float]               # of an answer to each held-out prompt
-    gate: Gate
-
-
-def _benchmarks(policy: Any, taste: Taste, n: int, seed: int) -> dict[str, list[float]]:
-    "Share of right answers to each prompt of each benchmark, of four at temperature 1; the same random numbers every time."
-    return {name: accuracy(policy, rows, n=4, temperature=1.0, seed=seed).right.tolist()
-            for name, rows in taste.benchmarks(n, seed + 2).items()}
-
-
-def _answers(policy: Any, rows: list[dict], n: int, max_tokens: int, seed: int) -> list[list[str]]:
-    return [[a.text for a in each] for each in ask(policy, [row["prompt"] for row in rows], n, 1.0, max_tokens, seed)]
-
-
-def preparation(
-    folder: Path,
-    *,
-    taste: Taste | None = None,     # None: `style`
-    model: str = "tinyworld-instruct",
-    backend: str = "auto",
-    n_held: int = 150,              # held-out prompts
-    n_benchmark: int = 150,         # prompts of each benchmark
-    max_tokens: int = 48,
-    seed: int = 0,
-) -> Prepared:
-    "Stage 1: record what the policy can do before anything is trained."
-    taste, policy = taste or style(), load(model, backend, seed=seed)
-    rows = taste.prompts(n_held, "heldout", seed + 1)
-    said = _answers(policy, rows, 1, max_tokens, seed)
-    quality = [taste.quality(row, each[0]) for row, each in zip(rows, said, strict=True)]
-    baseline = _benchmarks(policy, taste, n_benchmark, seed)
-    return Prepared(baseline, quality, Gate([
-        Figure("benchmarks with a baseline", sum(map(any, baseline.values())), len(baseline)),
-        Figure("quality before training", bootstrap(quality, unit="%"), 0.95, "<", "there is nothing to gain")]))
-
-# %% ../../nbs/workflows/03_learned.ipynb #3adaca91
-@dataclass(frozen=True)
-class Gathered:
-    "Pairs to learn from, and pairs to be examined on."
-    pairs: list[dict]
-    held_out: list[dict]
-    gate: Gate
-
-
-def _longer(pairs: list[dict]) -> np.ndarray: # (N,) 1, 0 or 1/2
-    "Is the chosen answer the longer one?"
-    return np.array([0.5 + 0.5 * np.sign(len(p["chosen"]) - len(p["rejected"])) for p in pairs])
-
-
-def preferences(
-    folder: Path,
-    *,
-    taste: Taste | None = None,
-    n_pairs: int = 600,
-    n_examined: int = 200,
-    least_pairs: int = 500,
-    most_longer: float = 0.8,       # share of pairs whose better answer is the longer one; 1 − this is the least
-    seed: int = 0,
-) -> Gathered:
-    "Stage 2: pairs, each prompt on one side of the split."
-    taste = taste or style()
-    pairs, held = taste.pairs(n_pairs, "train", seed), taste.pairs(n_examined, "heldout", seed + 1)
-    texts, shared = {(p["prompt"], p["chosen"], p["rejected"]) for p in pairs}, {p["prompt"] for p in held}
-    longer = _longer(pairs)
-    bias = proportion(float(longer.sum()), len(pairs))
-    return Gathered(pairs, held, Gate([
-        Figure("different pairs", len(texts), least_pairs, "≥", ADVICE["few pairs"]),
-        Figure("prompts on both sides of the split", sum(p["prompt"] in shared for p in pairs), 0, "≤", ADVICE["leak"]),
-        Figure("better answer is the longer one", bias, most_longer, "≤", ADVICE["length"]),
-        Figure("better answer is the longer one", bias, 1 - most_longer, "≥", ADVICE["length"])]))
+__all__ = ['LEARNED', 'Trained', 'reward_model', 'Optimised', 'optimisation', 'Evaluated', 'evaluation', 'run']
 
 # %% ../../nbs/workflows/03_learned.ipynb #e12f9d7f
 @dataclass(frozen=True)
@@ -181,9 +52,9 @@ def reward_model(
         batch_size=reward_batch, seed=seed, out=folder / "train", progress=False)
     if lora:
         judge.fuse()
-    longer, pairs = _longer(preferences.held_out), read(preferences.held_out, "preference")
-    slices = {"": pairs, ", better one longer": [p for p, more in zip(pairs, longer, strict=True) if more == 1],
-              ", better one shorter": [p for p, more in zip(pairs, longer, strict=True) if more == 0]}
+    more, pairs = longer(preferences.held_out), read(preferences.held_out, "preference")
+    slices = {"": pairs, ", better one longer": [p for p, m in zip(pairs, more, strict=True) if m == 1],
+              ", better one shorter": [p for p, m in zip(pairs, more, strict=True) if m == 0]}
     found = {name: reward.ranked(judge, part) if part else None for name, part in slices.items()}
     return Trained(judge.save(folder / "model"), found[""], Gate([
         Figure(f"pairs ranked as labelled{name}", share, least_accuracy, "≥", ADVICE["slice" if name else "accuracy"])
@@ -229,7 +100,7 @@ def optimisation(
     if lora:
         policy.fuse()
     held = taste.prompts(n_held, "heldout", seed + 1)
-    paid = [judge.many(held, [a[0] for a in _answers(each, held, 1, max_tokens, seed)]) for each in (start, policy)]
+    paid = [judge.many(held, [a[0] for a in answers(each, held, 1, max_tokens, seed)]) for each in (start, policy)]
     both = [(b, a) for b, a in zip(*paid, strict=True) if None not in (b, a)]
     change = paired(*zip(*both, strict=True))
     apart = kl(policy, [row["prompt"] for row in held], reference=start, max_tokens=max_tokens, seed=seed + 6).k3
@@ -273,19 +144,19 @@ def evaluation(
     "Stage 5: quality, what is left of every benchmark, and the reward model on what the new policy writes."
     taste, policy = taste or style(), load(optimisation.policy, backend, seed=seed)
     judge, rows = reward.Learned(load(reward_model.model, backend)), taste.prompts(n_held, "heldout", seed + 1)
-    said = _answers(policy, rows, 4, max_tokens, seed)
+    said = answers(policy, rows, 4, max_tokens, seed)
     flat = [(row, text) for row, texts in zip(rows, said, strict=True) for text in texts]
     quality = np.array([taste.quality(row, text) for row, text in flat]).reshape(len(rows), -1)
     paid = judge.many([row for row, _ in flat], [text for _, text in flat])
     rewards = np.array([np.nan if value is None else value for value in paid]).reshape(quality.shape)
     change = paired(preparation.quality, quality.mean(axis=1), unit="points")
     kept = {name: retention(values, now) for (name, values), now in zip(
-        preparation.baseline.items(), _benchmarks(policy, taste, n_benchmark, seed).values(), strict=True)}
-    answers = [{"prompt": row["prompt"], "answer": text, "reward": value, "quality": float(q)}
-               for (row, text), value, q in zip(flat, paid, quality.ravel(), strict=True)]
+        preparation.baseline.items(), benchmarks(policy, taste, n_benchmark, seed).values(), strict=True)}
+    made = [{"prompt": row["prompt"], "answer": text, "reward": value, "quality": float(q)}
+            for (row, text), value, q in zip(flat, paid, quality.ravel(), strict=True)]
     known = ~np.isnan(rewards).any(axis=1)
     ranked = _still_ranks(rewards[known], quality[known])
-    return Evaluated(change, kept, answers, Gate([
+    return Evaluated(change, kept, made, Gate([
         Figure("change of the quality", change, 0, ">", ADVICE["over-optimised"]),
         Figure("its own answers ranked right", ranked, least_ranked, "≥", ADVICE["over-optimised"]),
         *[Figure(f"{name}, kept", share, least_kept, "≥", ADVICE["capability loss"]) for name, share in kept.items()]]))
