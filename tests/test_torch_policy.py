@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from toys import make_batch, mean_loss
@@ -11,7 +13,8 @@ from snapshots import KINDS
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from realign_core.engine.policy import AdamW, LoRA, load  # noqa: E402
+from realign_core.engine.policy import AdamW, Batch, LoRA, load  # noqa: E402
+from realign_core.engine.torch_policy import Head  # noqa: E402
 from realign_core.errors import ModelError  # noqa: E402
 
 torch.set_num_threads(1)
@@ -102,3 +105,28 @@ def test_close_lets_go_of_the_model(snapshot):
     policy = open_policy(snapshot(), lora=2)
     policy.close()
     assert policy.model is None
+
+
+def test_a_packed_head_is_the_same_head():
+    "Only a large one, for few rows, is packed; a bias and what a family does behind the matrix are kept."
+    def head(width, vocab, **settings):
+        config = SimpleNamespace(vocab_size=vocab, get_text_config=lambda: SimpleNamespace(vocab_size=vocab, **settings))
+        layer = torch.nn.Linear(width, vocab)
+        return Head(SimpleNamespace(config=config, get_output_embeddings=lambda: layer))
+    small, large = head(64, 512), head(128, 32768, final_logit_softcapping=30.0)
+    assert small.packed(8) is small and large.packed(64) is large
+    packed, hidden = large.packed(8), torch.randn(8, 128)
+    with torch.no_grad():
+        for rows in (8, 3, 1):
+            assert (packed(hidden[:rows]) - large(hidden[:rows])).abs().max() <= 1e-4
+    if torch.backends.mkldnn.is_available():
+        assert packed is not large
+
+
+def test_what_a_packed_head_samples_is_what_is_scored(snapshot):
+    policy = load(snapshot(vocab=131072), "torch")
+    prompt = [5, 6, 7]
+    for completion in policy.generate([prompt], n=4, max_tokens=8, seed=1)[0]:
+        row = np.array([[*prompt, *completion.ids]], np.int32)
+        scored = policy.score(Batch(row, np.arange(row.shape[1])[None] >= len(prompt)))[0, len(prompt):]
+        assert np.abs(scored - completion.logps).max() <= 1e-4

@@ -5,6 +5,7 @@
 # %% ../../nbs/engine/03_torch.ipynb #54068a4b
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -106,6 +107,18 @@ class Head:
         if self.factor != 1.0:
             logits = logits * self.factor
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
+
+    def packed(self, rows: int) -> Head:
+        "A head for `rows` hidden states at a time, its weights copied into oneDNN's layout; itself where that gains nothing."
+        weight = getattr(self.linear, "weight", None)
+        there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        if not there or type(self.linear) is not nn.Linear or (weight.device.type, weight.dtype) != ("cpu", torch.float32):
+            return self
+        if rows > 32 or weight.numel() < 2**22:
+            return self
+        head, ready = copy.copy(self), torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        head.linear = lambda hidden: torch.ops.mkldnn._linear_pointwise(hidden, ready, self.linear.bias, "none", [], "")
+        return head
 
 # %% ../../nbs/engine/03_torch.ipynb #19a87cc8
 def target_logps(
@@ -313,6 +326,7 @@ def decode(
     top_p: float,
 ) -> None:
     "Complete every row."
+    head = head.packed(len(prompts))
     cache, attend, hidden = prefill(model, prompts, written.apart)
     padded, positions = not bool(attend.all()), attend.sum(-1)
     while True:
@@ -541,7 +555,6 @@ class _Loaded(Intervening):
     def freeze_reference(self) -> None:
         "Take the present weights as the reference. With adapters it is the base model: nothing is copied."
         if self.lora is None:
-            import copy
             self._frozen = copy.deepcopy(self.model).requires_grad_(False)
 
     @contextmanager
