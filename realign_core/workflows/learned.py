@@ -85,6 +85,7 @@ def optimisation(
     batch_size: int = 60,
     n_held: int = 150,
     most_kl: float = 0.1,           # nats per token
+    least_gain: float = 0.0,        # of the reward, in its own units
     max_tokens: int = 48,
     seed: int = 0,
 ) -> Optimised:
@@ -106,7 +107,7 @@ def optimisation(
     apart = kl(policy, [row["prompt"] for row in held], reference=start, max_tokens=max_tokens, seed=seed + 6).k3
     return Optimised(policy.save(folder / "policy"), apart, Gate([
         Figure("KL from the tuned policy", apart, most_kl, "≤", ADVICE["drift"]),
-        Figure("change of the reward", change, 0, ">", ADVICE["no gain"])]))
+        Figure("change of the reward", change, least_gain, ">", ADVICE["no gain"])]))
 
 # %% ../../nbs/workflows/03_learned.ipynb #02f807a9
 @dataclass(frozen=True)
