@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from peers_sides import BETAS, EPS, Turns, mlx_start
+from peers_sides import BETAS, EPS, Turns, mlx_start, start_adapters
 
 
 def reward(text: str, solution: str) -> float:
@@ -86,7 +86,7 @@ def trl(plan: dict, turns: Turns) -> None:
     import torch
     import transformers
     from datasets import Dataset
-    from peft import LoraConfig, load_peft_weights
+    from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
     torch.set_num_threads(plan["threads"])
     transformers.logging.set_verbosity_error()
@@ -127,10 +127,7 @@ def trl(plan: dict, turns: Turns) -> None:
         peft_config=LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"],
                                target_modules=lora["targets"], task_type="CAUSAL_LM"),
         processing_class=transformers.AutoTokenizer.from_pretrained(plan["snapshot"]), callbacks=[Watch()])
-    start = load_peft_weights(plan["adapters"] + "/peft", "cpu")
-    named = {name.replace(".weight", ".default.weight"): weight for name, weight in start.items()}
-    if unknown := trainer.model.load_state_dict(named, strict=False).unexpected_keys:
-        raise SystemExit(f"TRL's model has no {unknown[0]}")
+    start_adapters(trainer.model, plan)
     turns.ready()
     trainer.train()
     turns.end()

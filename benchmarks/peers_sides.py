@@ -181,7 +181,7 @@ def trl(plan: dict, turns: Turns) -> None:
     import torch
     import transformers
     from datasets import Dataset
-    from peft import LoraConfig, load_peft_weights
+    from peft import LoraConfig
     torch.set_num_threads(plan["threads"])
     transformers.logging.set_verbosity_error()
     kind, config = trl_trainer(plan["method"])
@@ -219,13 +219,19 @@ def trl(plan: dict, turns: Turns) -> None:
                       processing_class=transformers.AutoTokenizer.from_pretrained(plan["snapshot"]), callbacks=[Watch()])
     if reward:
         start_head(trainer.model, plan)
-    start = load_peft_weights(plan["adapters"] + "/peft", "cpu")
-    named = {name.replace(".weight", ".default.weight"): weight for name, weight in start.items()}
-    if unknown := trainer.model.load_state_dict(named, strict=False).unexpected_keys:
-        raise SystemExit(f"TRL's model has no {unknown[0]}")
+    start_adapters(trainer.model, plan)
     turns.ready()
     trainer.train()
     turns.end("torch", plan["autocast"] or "float32", flops=counter.get_total_flops(), operations=profile.operations())
+
+
+def start_adapters(model, plan: dict) -> None:
+    "Give TRL's adapters the values that ours start from."
+    from peft import load_peft_weights
+    start = load_peft_weights(plan["adapters"] + "/peft", "cpu")
+    named = {name.replace(".weight", ".default.weight"): weight for name, weight in start.items()}
+    if unknown := model.load_state_dict(named, strict=False).unexpected_keys:
+        raise SystemExit(f"TRL's model has no {unknown[0]}")
 
 
 def start_head(model, plan: dict) -> None:

@@ -130,14 +130,14 @@ class Window:
     def of_batch(cls, mask: np.ndarray) -> Window: # (B, T) bool
         "Rows padded on the right; a row without a target is all prompt."
         column, ends = np.arange(mask.shape[1]), np.where(mask.any(1), mask.argmax(1), mask.shape[1])[:, None]
-        return cls(np.arange(len(mask)), {"all": column >= 0 * ends, "prompt": column < ends, "generated": column >= ends,
+        return cls(np.arange(len(mask)), {"all": np.ones(mask.shape, bool), "prompt": column < ends, "generated": column >= ends,
                                           "last": column == ends - 1})
 
     @classmethod
     def of_prompts(cls, rows: np.ndarray, padding: np.ndarray, width: int) -> Window:
         "Prompts padded on the left."
         column, real = np.arange(width), np.arange(width) >= padding[:, None]
-        return cls(rows, {"all": real, "prompt": real, "generated": ~real & real, "last": real & (column == width - 1)})
+        return cls(rows, {"all": real, "prompt": real, "generated": np.zeros_like(real), "last": real & (column == width - 1)})
 
     @classmethod
     def of_step(cls, rows: np.ndarray) -> Window:

@@ -570,11 +570,12 @@ def _batches(job: _Job, examples: list[Example]) -> list[Batch]:
         return made
     for part in micro_batches(examples, s.micro_batch):
         batch = pack(part, job.room, job.pad_id) if s.packing else collate(part, job.pad_id)
+        extras = dict(batch.extras)
         if job.method.rollout and job.method.reference:
-            batch = replace(batch, extras={**batch.extras, "ref_logps": job.policy.score(batch, reference=True)})
+            extras["ref_logps"] = job.policy.score(batch, reference=True)
         if job.critic is not None:
-            batch = replace(batch, extras={**batch.extras, "values": job.critic.score(batch)})
-        made.append(batch)
+            extras["values"] = job.critic.score(batch)
+        made.append(replace(batch, extras=extras))
     return job.method.prepare(job.policy, made, s.max_length) if job.method.prepare else made
 
 # %% ../../nbs/engine/09_fit.ipynb #bafc1c85

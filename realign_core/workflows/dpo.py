@@ -15,10 +15,10 @@ import numpy as np
 from ..data.formats import read
 from ..engine.policy import load
 from ..engine.training import fit
-from ..evaluate.metrics import Interval, accuracy, ask, bootstrap, kl, likelihood, paired, proportion
+from ..evaluate.metrics import Interval, ask, bootstrap, kl, likelihood, paired, proportion
 from ..methods import dpo
 from .gates import Figure, Gate, Workflow
-from .rlvr import retention
+from .rlvr import retained, shares
 
 # %% auto #0
 __all__ = ['ADVICE', 'DPO', 'Taste', 'style', 'Prepared', 'benchmarks', 'answers', 'preparation', 'Gathered', 'longer',
@@ -96,8 +96,7 @@ def benchmarks(
     seed: int,
 ) -> dict[str, list[float]]:
     "Share of right answers to each prompt of each benchmark, of four at temperature 1; the same random numbers every time."
-    return {name: accuracy(policy, rows, n=4, temperature=1.0, seed=seed).right.tolist()
-            for name, rows in taste.benchmarks(n, seed + 2).items()}
+    return shares(policy, taste.benchmarks(n, seed + 2), None, 4, 64, seed)
 
 
 def answers(
@@ -254,8 +253,7 @@ def evaluation(
     quality = np.array([[taste.quality(row, text) for text in texts] for row, texts in zip(rows, said, strict=True)])
     sizes = [[float(np.mean([len(text) for text in texts])) for texts in each] for each in (said, old)]
     change = paired(preparation.quality, quality.mean(axis=1), unit="points")
-    now = benchmarks(policy, taste, n_benchmark, seed)
-    kept = {name: retention(values, now[name]) for name, values in preparation.baseline.items()}
+    kept = retained(preparation.baseline, benchmarks(policy, taste, n_benchmark, seed))
     made = [{"prompt": row["prompt"], "answer": text, "quality": float(q)}
             for row, texts, qs in zip(rows, said, quality, strict=True) for text, q in zip(texts, qs, strict=True)]
     return Evaluated(change, kept, made, Gate([

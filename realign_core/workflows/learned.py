@@ -19,7 +19,7 @@ from ..methods import ppo, reward
 from .dpo import (
     ADVICE, Gathered, Prepared, Taste, answers, benchmarks, longer, preferences, preparation, style)
 from .gates import Figure, Gate, Workflow
-from .rlvr import retention
+from .rlvr import retained
 
 # %% auto #0
 __all__ = ['LEARNED', 'Trained', 'reward_model', 'Optimised', 'optimisation', 'Evaluated', 'evaluation', 'run']
@@ -151,8 +151,7 @@ def evaluation(
     paid = judge.many([row for row, _ in flat], [text for _, text in flat])
     rewards = np.array([np.nan if value is None else value for value in paid]).reshape(quality.shape)
     change = paired(preparation.quality, quality.mean(axis=1), unit="points")
-    kept = {name: retention(values, now) for (name, values), now in zip(
-        preparation.baseline.items(), benchmarks(policy, taste, n_benchmark, seed).values(), strict=True)}
+    kept = retained(preparation.baseline, benchmarks(policy, taste, n_benchmark, seed))
     made = [{"prompt": row["prompt"], "answer": text, "reward": value, "quality": float(q)}
             for (row, text), value, q in zip(flat, paid, quality.ravel(), strict=True)]
     known = ~np.isnan(rewards).any(axis=1)

@@ -9,7 +9,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from ..rewards.rewards import correct, score_many
 from .gates import Figure, Gate, Workflow
 
 # %% auto #0
-__all__ = ['ADVICE', 'DOMAINS', 'RLVR', 'Domain', 'maths', 'code', 'Prepared', 'preparation', 'Designed', 'design', 'Verified',
-           'verification', 'Gathered', 'data', 'Plan', 'Optimised', 'optimisation', 'decide', 'Iterated', 'iteration',
-           'Evaluated', 'retention', 'evaluation', 'plot', 'run']
+__all__ = ['ADVICE', 'DOMAINS', 'RLVR', 'Domain', 'maths', 'code', 'shares', 'Prepared', 'preparation', 'Designed', 'design',
+           'Verified', 'verification', 'Gathered', 'data', 'Plan', 'Optimised', 'optimisation', 'decide', 'Iterated',
+           'iteration', 'Evaluated', 'retention', 'retained', 'evaluation', 'plot', 'run']
 
 # %% ../../nbs/workflows/01_rlvr.ipynb #5294660f
 ADVICE = {
@@ -138,11 +138,22 @@ def _rewards(reward: Callable, rows: list[dict], answers: list[list[Any]]) -> np
     return np.array([value or 0.0 for value in values]).reshape(len(rows), -1)
 
 
-def _benchmarks(policy: Any, subject: Domain, n: int, samples: int, max_tokens: int, seed: int) -> dict[str, list[float]]:
-    "Share of right answers to each prompt of each benchmark; the same prompts and random numbers for every policy."
+def shares(
+    policy: Any,                  # a `Policy`
+    sets: dict[str, list[dict]],  # name -> prompt rows
+    check: Callable | None,       # (row, answer) -> verdict; None: the tiny world's
+    samples: int,                 # answers to each prompt
+    max_tokens: int,
+    seed: int,
+) -> dict[str, list[float]]:
+    "Share of right answers to each prompt of each set, at temperature 1; the same random numbers for every policy."
     drawn = dict(n=samples, temperature=1.0, max_tokens=max_tokens, seed=seed)
-    asked = {name: accuracy(policy, rows, subject.check, **drawn).right.tolist()
-             for name, rows in subject.benchmarks(n, seed + 2).items()}
+    return {name: accuracy(policy, rows, check, **drawn).right.tolist() for name, rows in sets.items()}
+
+
+def _benchmarks(policy: Any, subject: Domain, n: int, samples: int, max_tokens: int, seed: int) -> dict[str, list[float]]:
+    "A value for each question of each benchmark of the domain."
+    asked = shares(policy, subject.benchmarks(n, seed + 2), subject.check, samples, max_tokens, seed)
     return asked | (subject.measure(policy) if subject.measure else {})
 
 
@@ -469,7 +480,7 @@ def _further(folder: Path, plan: Plan, base: Path, start: Path, rows: list[dict]
     note = folder / "round.json"
     if not note.is_file():
         place = _train(folder, plan, base, start, rows)
-        values, apart = _measure(Plan(**{**vars(plan), "seed": seed}), base, place, tasks)
+        values, apart = _measure(replace(plan, seed=seed), base, place, tasks)
         write_json(note, {"values": values, "kl": asdict(apart)})
     kept = json.loads(note.read_text())
     return folder / "policy", kept["values"], Interval(**kept["kl"])
@@ -492,6 +503,14 @@ def retention(
 ) -> Interval | None:      # None: there was nothing to keep
     "What is left of a benchmark: the ratio of the two means, paired by prompt."
     return bootstrap(after, before, unit="%") if any(before) else None
+
+
+def retained(
+    before: dict[str, list[float]],        # benchmark -> share of right answers to each prompt
+    after: dict[str, list[float]],         # the same benchmarks
+) -> dict[str, Interval | None]:
+    "What is left of each benchmark."
+    return {name: retention(values, after[name]) for name, values in before.items()}
 
 
 def evaluation(
@@ -520,8 +539,7 @@ def evaluation(
     paid = _rewards(subject.reward, rows, said)
     right = np.array([[subject.oracle(row, a.text) for a in each] for row, each in zip(rows, said, strict=True)])
     apart = kl(policy, [row["problem"] for row in rows], n=2, reference=start, max_tokens=max_tokens, seed=seed + 6).k3
-    now = _benchmarks(policy, subject, n_benchmark, benchmark_samples, max_tokens, seed)
-    kept = {name: retention(values, now[name]) for name, values in preparation.baseline.items()}
+    kept = retained(preparation.baseline, _benchmarks(policy, subject, n_benchmark, benchmark_samples, max_tokens, seed))
     undeserved = proportion(int(((paid > 0) & ~right).sum()), int((paid > 0).sum())) if (paid > 0).any() else None
     change = paired(before, paid.mean(axis=1), unit="points")
     answers = [{"problem": row["problem"], "answer": a.text, "paid": float(p), "right": bool(r)}
