@@ -50,7 +50,7 @@ def draw_pairs(policy: Any, prompts: list, ask: Rollout, seed: tuple, file: Path
     "The policy's own pairs on these prompts and the mean reward of its answers; texts go to `file`. Raises `DataError` for none."
     pairs, figures = ask(policy, prompts, seed=seed)
     if not pairs:
-        raise DataError("no prompt has a better and a worse answer, so there is nothing to learn", found=f"{len(prompts)} prompts",
+        raise DataError("no prompt has a better and a worse answer; there is nothing to learn", found=f"{len(prompts)} prompts",
                         wanted="a reward that tells answers apart, more answers (n), or other prompts")
     if file:
         sides = [[policy.tokenizer.decode(s.ids[s.mask].tolist(), skip_special_tokens=True) for s in p.sequences] for p in pairs]
