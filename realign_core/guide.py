@@ -362,7 +362,7 @@ def mermaid(
     def draw(node, path):
         if isinstance(node, Leaf):
             memory = "limited" if "little memory" in node.name else "ample"
-            names = " → ".join(_ranked(want.role, memory)[0].title for want in node.wants)
+            names = " → ".join(_ranked(want.role, memory)[0].name for want in node.wants)
             lines.append(f'  {path}["{names}"]' if names else f'  {path}(["these contradict each other"])')
             return
         lines.append(f'  {path}{{"{QUESTIONS[node.question].text}"}}')
@@ -659,33 +659,38 @@ def recommend(
     return Plan({**answers, "size": float(size)}, tuple(asked), leaf.name, *_plan(leaf, goal, float(size), memory, reversible))
 
 # %% ../nbs/start/01_choose.ipynb #f9c0e260
-SETTLED = (
-    ("SFT injects knowledge", "000, 002: yes; 004: SFT is not for facts", "CPT or RAG for facts, SFT for formats", "rawtext"),
-    ("CPO", "000: conservative, reduces distribution shift", "it is contrastive, and holds no reference (arXiv 2401.08417)",
-        "cpo"),
-    ("SimPO", "002: a margin from self-consistency", "mean log-probability with a target margin (arXiv 2405.14734)", "simpo"),
-    ("ORPO", "000: needs no reference; 002: one stage", "both; most of it is SFT on the better answers (arXiv 2403.07691)",
-        "orpo"),
-    ("Rows for GRPO", "000: scored responses; 001: prompts only", "both are read: `groups` train offline, `prompts` online",
-        "groups"),
-    ("RLVR and GRPO", "000: two methods, and RLVR on MLX only", "RLVR is where the reward comes from, GRPO what is done with "
-                                                                "it: a "
-     "framework that has one has the other", "rlvr"),
+SETTLED = (  # what it is about, what the guides say, what holds here, and the page and figure that measured it
+    ("SFT injects knowledge", "000, 002: yes; 004: SFT is not for facts", "CPT or RAG for facts, SFT for formats",
+     ("rawtext", "learnt", "new facts, by continued training")),
+    ("CPO", "000: conservative, reduces distribution shift", "contrastive, and without a reference (arXiv 2401.08417)", ()),
+    ("SimPO", "002: a margin from self-consistency", "mean log-probability with a target margin (arXiv 2405.14734)", ()),
+    ("Rows for GRPO", "000: scored responses; 001: prompts only", "prompts: it writes its own answers. Scored responses "
+     "(`groups`) make pairs, labels, or rows for SFT", ()),
+    ("RLVR and GRPO", "000: two methods, and RLVR on MLX only", "RLVR is where the reward comes from, GRPO what is done with it: "
+     "a framework that has one has the other", ("rlvr", "under.rloo", "RLVR under RLOO")),
     ("Pairs for DPO", "001: 1,000–3,000; 004: 10,000–60,000", "the former below 7B or for one trait, the latter from 7B on",
-        "dpo"),
-    ("The margin of a pair", "001: 0.15", "on a rubric's score from 0 to 1, not on log-probabilities", "rubric"),
-    ("KL ≤ 0.1", "003: without a unit", "nats per token, on held-out prompts, answers sampled from the policy", "grpo"),
-    ("Retention ≥ 95 %", "003: of capability", "of every benchmark, not of their mean", "rlvr"),
-    ("The order", "000: SFT, DPO, GRPO; 001: SFT, then DPO or GRPO", "both: preferences and reinforcement answer different "
-                                                                     "goals", ""))
+     ()),
+    ("The margin of a pair", "001: 0.15", "on a rubric's score from 0 to 1, not on log-probabilities", ()),
+    ("KL ≤ 0.1", "003: without a unit", "nats per token, on held-out prompts, answers sampled from the policy",
+     ("grpo", "kl", "KL after GRPO")),
+    ("Retention ≥ 95 %", "003: of capability", "of every benchmark, not of their mean",
+     ("grpo", "retention", "change of old skills")),
+    ("The order", "000: SFT, DPO, GRPO; 001: SFT, then DPO or GRPO", "both: preferences and reinforcement serve different goals",
+     ()))
 
 
 def settled() -> list[dict]:
     "The contradictions, and what our own pages measured."
-    def evidence(name):
-        found = [r for r in results() if r["notebook"] == name and r["effect"]]
-        return f"{name}: {interval_text(found[-1]['effect'])} ({found[-1]['file']})" if found else ""
-    return [{"about": a, "the guides": b, "here": c, "measured": evidence(d)} for a, b, c, d in SETTLED]
+    def evidence(page="", figure="", label=""):
+        for record in results():
+            value = record["figures"]
+            for key in figure.split(".") if record["notebook"] == page else ():
+                value = value.get(key) if isinstance(value, dict) else None
+            if record["notebook"] == page and value:
+                return f"{label}: {interval_text(value)}; {page}, seed {record['seed']}, {record['backend']} ({record['file']})"
+        return ""
+    return [{"about": about, "the guides": said, "here": here, "measured": evidence(*where)}
+            for about, said, here, where in SETTLED]
 
 # %% ../nbs/start/01_choose.ipynb #42af512a
 CHECKLIST = (
