@@ -24,10 +24,10 @@ from .notebook import interval_text
 __all__ = ['QUESTIONS', 'SIZES', 'ROLES', 'PLANNED', 'NO_SFT', 'PRETRAIN', 'SHOW', 'MAKE', 'GOLD', 'REFINE', 'FORMAT', 'PAIRS',
            'LEAN', 'KTO', 'STYLE', 'COLD', 'TRACES', 'VERIFY', 'OPEN', 'JUDGE', 'JUDGED', 'DISTIL', 'HACK', 'REASONING',
            'ONLINE', 'FIRST', 'REWARD', 'MOST', 'MAXIMUM', 'LAST', 'CONTRAST', 'STEER', 'TREE', 'SHARE', 'TOKENS',
-           'FLOPS', 'ANSWERS', 'TRAINED', 'EXAMINE', 'WORKFLOWS', 'SETTLED', 'CHECKLIST', 'Question', 'catalogue',
-           'Want', 'Leaf', 'Ask', 'walk', 'leaves', 'Mermaid', 'mermaid', 'refresh', 'results', 'records', 'measured',
-           'memory_gib', 'hours', 'Step', 'Plan', 'examine', 'recommend', 'settled', 'form', 'as_html', 'interview',
-           'table', 'Page', 'page']
+           'FLOPS', 'ANSWERS', 'TRAINED', 'EXAMPLES', 'EXAMINE', 'WORKFLOWS', 'SETTLED', 'CHECKLIST', 'Question',
+           'catalogue', 'Want', 'Leaf', 'Ask', 'walk', 'leaves', 'Mermaid', 'mermaid', 'refresh', 'results', 'records',
+           'measured', 'memory_gib', 'hours', 'example', 'Step', 'Plan', 'examine', 'recommend', 'settled', 'form',
+           'as_html', 'interview', 'table', 'Page', 'page']
 
 # %% ../nbs/start/01_choose.ipynb #79068084
 @dataclass(frozen=True)
@@ -451,6 +451,28 @@ def hours(
     passes = trained * (4 if adapters else 6) + 2 * read + 2 * (entry.format == "online")
     return size * 1e9 * passes * rows * each / FLOPS / 3600
 
+# %% ../nbs/start/01_choose.ipynb #fe938f06
+EXAMPLES = {
+    "messages": {"messages": [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]},
+    "prompt_completion": {"prompt": "2 + 3?", "completion": "5"},
+    "instruction": {"instruction": "Add 2 and 3.", "output": "5"},
+    "preference": {"prompt": "2 + 3?", "chosen": "5", "rejected": "6"},
+    "unpaired": {"prompt": "2 + 3?", "completion": "5", "label": True},
+    "stepwise": {"prompt": "2 + 3 + 4?", "completions": ["2 + 3 = 5", "5 + 4 = 8"], "labels": [True, False]},
+    "prompts": {"prompt": "2 + 3?"},
+    "groups": {"prompt": "2 + 3?", "responses": [{"text": "5", "score": 1.0}, {"text": "6", "score": 0.0}]},
+    "verifiable": {"problem": "2 + 3?", "solution": "5", "responses": [{"text": "5", "correct": True}]},
+    "cold_start": {"problem": "2 + 3?", "reasoning": "Two and three make five.", "answer": "5"},
+    "contrast": {"harmful": "How do I pick a lock?", "harmless": "How do I pick a rose?"},
+    "text": {"text": "Two and three make five."}}
+
+
+def example(
+    format: str,   # a format, or a family: `sft`, `online`
+) -> dict:
+    "A valid row."
+    return EXAMPLES[{"sft": "messages", "online": "verifiable"}.get(format, format)]
+
 # %% ../nbs/start/01_choose.ipynb #319086dd
 @dataclass(frozen=True)
 class Step:
@@ -464,6 +486,7 @@ class Step:
     use: str                     # when to use it, by its card
     risk: str
     format: str                  # of its rows
+    example: str                 # one of them, as a line of JSON
     page: str                    # its notebook; empty when there is none
     status: str                  # is it here?
     measured: tuple[str, ...]    # what its own page measured
@@ -509,7 +532,8 @@ class Plan:
 def _lines(step: Step) -> list[tuple[str, str]]:
     "What is to be said of a step, with its names."
     found = [("Why", f"{step.why} ({step.source})"), ("Source", step.paper), ("Measured here", "; ".join(step.measured)),
-             ("Rows", f"{step.format}, {step.rows}" if step.rows else step.format), ("Memory", step.memory), ("Time", step.time),
+             ("Rows", f"{step.format}, {step.rows}" if step.rows else step.format), ("One row", step.example),
+             ("Memory", step.memory), ("Time", step.time),
              ("Main risk", step.risk), ("Instead", "; ".join(step.others)), ("Here", step.status)]
     return [(name, text) for name, text in found if text]
 
@@ -615,8 +639,8 @@ def _step(want: Want, size: float, memory: str, reversible: str) -> Step:
         time += f" an epoch at {FLOPS / 1e12:.0f} TFLOP/s"
     others = tuple(f"{e.title} (`{e.name}`), when {e.card.use}" for e in rest)
     return Step(entry.name, entry.title, want.role, want.why, want.source, card.paper, card.use, card.risk, entry.format,
-                entry.page, _status(entry), measured(entry), want.make, others, _commands(entry, want, adapters), rows, need,
-                time)
+                json.dumps(example(entry.format)), entry.page, _status(entry), measured(entry), want.make, others,
+                _commands(entry, want, adapters), rows, need, time)
 
 
 def _hours(value: float) -> str:
@@ -804,7 +828,8 @@ function plan(T, answers, size) {
 }
 function lines(step) {
   return [["Why", step.why + " (" + step.source + ")"], ["Source", step.paper], ["Measured here", step.measured.join("; ")],
-    ["Rows", step.rows ? step.format + ", " + step.rows : step.format], ["Memory", step.memory], ["Time", step.time],
+    ["Rows", step.rows ? step.format + ", " + step.rows : step.format], ["One row", step.example],
+    ["Memory", step.memory], ["Time", step.time],
     ["Main risk", step.risk], ["Instead", step.others.join("; ")], ["Here", step.status]].filter(([, text]) => text);
 }
 function element(name, text, below) {
