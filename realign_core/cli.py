@@ -23,7 +23,8 @@ from .notebook import interval_text, run_folder, runs_root
 # %% auto #0
 __all__ = ['ROOMS', 'notebooks_folder', 'Notebook', 'read_notebook', 'list_notebooks', 'find_notebook', 'read_value',
            'check_parameters', 'Outcome', 'run_notebook', 'summary', 'text_table', 'list_command', 'run_command',
-           'report_command', 'check_command', 'convert_command', 'curate_command', 'parser', 'main']
+           'report_command', 'check_command', 'convert_command', 'curate_command', 'guide_command', 'skills_command',
+           'parser', 'main']
 
 # %% ../nbs/engine/12_command_line.ipynb #005a8a09
 ROOMS = ("start", "engine", "data", "rewards", "methods", "evaluate", "workflows", "hardware")  # the curriculum's order
@@ -105,6 +106,8 @@ def find_notebook(name: str, folder: str | Path | None = None) -> Notebook:
         return read_notebook(name)
     known = list_notebooks(folder)
     found = [n for n in known if name in (n.name, n.path.stem, f"{n.room}/{n.name}", f"{n.room}/{n.path.stem}")]
+    if len(found) > 1:  # `dpo` is the method; its workflow is `workflows/dpo`
+        found = [n for n in found if n.room == "methods"] or found
     if len(found) == 1:
         return found[0]
     if found:
@@ -229,10 +232,10 @@ def _short_path(path: Path) -> str:
 # %% ../nbs/engine/12_command_line.ipynb #8c699462
 def list_command(args: argparse.Namespace) -> int:
     "Print the methods and the notebooks, room by room."
-    from realign_core.methods import registry
+    from realign_core.methods.registry import entries
     print("Methods")
-    for name in registry.names():
-        print(f"  {name:<22} {registry.get(name).title}")
+    for entry in entries().values():
+        print(f"  {entry.name:<22} {entry.title}")
     room = None
     for notebook in list_notebooks(args.folder):
         if notebook.room != room:
@@ -352,11 +355,56 @@ def curate_command(args: argparse.Namespace) -> int:
     print(f"\n  {len(made.train)} rows to train on, {len(made.held)} held out; the card is {card}")
     return 0
 
+# %% ../nbs/engine/12_command_line.ipynb #c846644e
+def guide_command(args: argparse.Namespace) -> int:
+    "Ask what is not given, and print the plan; 1 when the answers contradict each other."
+    from realign_core import guide
+    if args.page:
+        print(_short_path(guide.page().save(args.page)))
+        return 0
+    given = {name: getattr(args, name) for name in (*guide.QUESTIONS, "size") if getattr(args, name) is not None}
+    if "goal" in given or not sys.stdin.isatty():
+        if "goal" not in given:
+            raise ReAlignError(f"--goal is missing; one of {', '.join(guide.QUESTIONS['goal'].options)}")
+        plan = guide.recommend(**given)
+    else:
+        try:
+            plan = guide.interview(given)
+        except EOFError as error:
+            raise ReAlignError("no answer; `realign guide --goal GOAL` does not ask") from error
+    print(plan.json() if args.json else f"\n{plan}")
+    return 1 if plan.conflict else 0
+
+
+def skills_command(args: argparse.Namespace) -> int:
+    "Write the skill folders, and print their names."
+    from realign_core.skills import write_skills
+    for path in write_skills(args.out):
+        print(_short_path(path))
+    return 0
+
+
+def _guide_commands(commands) -> None:
+    "The grammar of `guide` and `skills`."
+    guide = commands.add_parser("guide", help="which method, in which order, with how much data and memory")
+    for name, said in (("goal", "what should change"), ("data", "what there is"), ("check", "what tells good from bad"),
+                       ("memory", "ample or limited"), ("amount", "little, typical or plenty of data"),
+                       ("reversible", "yes: it must be possible to take the change off")):
+        guide.add_argument(f"--{name}", help=said)
+    guide.add_argument("--size", type=float, help="billions of parameters (default: 7)")
+    guide.add_argument("--json", action="store_true", help="the plan as JSON")
+    guide.add_argument("--page", metavar="FILE", help="write the guide as an HTML page instead")
+    guide.set_defaults(call=guide_command)
+    skills = commands.add_parser("skills", help="write what coding assistants should know as skill folders")
+    skills.add_argument("--out", default="skills", metavar="DIR", help="where the folders go (default: skills)")
+    skills.set_defaults(call=skills_command)
+
 # %% ../nbs/engine/12_command_line.ipynb #622b03e9
 def parser() -> argparse.ArgumentParser:
     "The command line's grammar."
     top = argparse.ArgumentParser(prog="realign", description="LLM post-training you can read, run and trust.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="list | run | report | check | convert | curate")
+    commands = top.add_subparsers(dest="command", required=True,
+                                  metavar="list | guide | run | report | check | convert | curate | skills")
 
     listing = commands.add_parser("list", help="the methods and the notebooks")
     listing.add_argument("--folder", help="where the notebooks are (default: this checkout's)")
@@ -382,6 +430,7 @@ def parser() -> argparse.ArgumentParser:
     report.set_defaults(call=report_command)
 
     _data_commands(commands)
+    _guide_commands(commands)
 
     curate = commands.add_parser("curate", help="make training data by a pipeline file; a killed run goes on where it was")
     curate.add_argument("pipeline", help="a .yaml or .py file")

@@ -38,6 +38,8 @@ CARD = Card(
     cost="no training: a forward pass for each prompt, and one short generation for each candidate direction",
     risk="counting refusals only: a model that babbles does not refuse either",
     paper="Arditi et al. 2024, Refusal in Language Models Is Mediated by a Single Direction, arXiv 2406.11717",
+    title="Abliteration", format="contrast", purpose="removing refusals", hazard="babble", complexity="medium", compute="low",
+    held=("model",), roles={"unrefuse": 1}, rows={"any size": (100, 400)},
 )
 
 # %% ../../nbs/methods/20_abliteration.ipynb #ed653d3c

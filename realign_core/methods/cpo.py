@@ -55,6 +55,8 @@ CARD = Card(
     cost="one model: two answers forward and backward, no reference",
     risk="without its imitation term nothing anchors it, and both answers collapse",
     paper="Xu et al. 2024, Contrastive Preference Optimization, arXiv 2401.08417, eq. 5–7",
+    purpose="preference with imitation, no reference", hazard="imitated flaws", complexity="low", compute="low", stage=2,
+    roles={"pairs": 4}, rows={"any size": (1_000, 20_000)},
 )
 
 

@@ -124,6 +124,8 @@ CARD = Card(
     cost="policy and reference; the reference's log-probabilities are computed once, and with LoRA it is the model itself",
     risk="both answers lose probability, and what gains it is neither",
     paper="Rafailov et al. 2023, Direct Preference Optimization, arXiv 2305.18290, eq. 7",
+    purpose="quality refinement", hazard="pair quality", complexity="medium", compute="low",
+    held=("policy", "reference"), stage=2, roles={"pairs": 1}, rows={"below 7B": (1_000, 3_000), "7B and more": (10_000, 60_000)},
 )
 
 

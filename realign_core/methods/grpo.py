@@ -114,6 +114,8 @@ CARD = Card(
     cost="policy and, with β > 0, reference; most of the time goes into writing answers",
     risk="the policy learns what the reward pays for, which is not always what you meant",
     paper="Shao et al. 2024, DeepSeekMath, arXiv 2402.03300, eq. 3",
+    purpose="online learning", hazard="reward hacking", complexity="high", compute="high", held=("policy", "reference"), stage=3,
+    roles={"verified": 1, "online": 1}, rows={"below 7B": (5_000, 20_000), "7B and more": (10_000, 50_000)},
 )
 
 

@@ -126,6 +126,8 @@ CARD = Card(
     cost="policy and reference, and two more forward passes a step for the reference point",
     risk="one kind outnumbers the other, and its push drowns the other's: weights must make up for it",
     paper="Ethayarajh et al. 2024, KTO: Model Alignment as Prospect Theoretic Optimization, arXiv 2402.01306, eq. 7–8",
+    purpose="binary feedback", hazard="label noise", complexity="low", compute="low", held=("policy", "reference"), stage=2,
+    roles={"labels": 1}, rows={"any size": (2_000, 5_000)},
 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from ..engine.policy import LoRA
 from ..errors import ReAlignError
 from .registry import Card, Method
+from .sft import CARD as SFT
 from .sft import encode, objective
 
 # %% auto #0
@@ -77,6 +78,8 @@ CARD = Card(
     cost="the frozen model (2 bytes a parameter in bf16) and 16 bytes for each adapter parameter, 0.1–5 % as many",
     risk="a learning rate meant for full fine-tuning: adapters want about ten times as much",
     paper="Hu et al. 2021, LoRA, arXiv 2106.09685; Liu et al. 2024, DoRA, arXiv 2402.09353",
+    purpose="SFT in little memory", hazard="a learning rate for full fine-tuning", complexity="low", compute="low", stage=1,
+    reversible=True, roles={"demonstrate": 2, "distil": 2}, rows=SFT.rows,
 )
 
 

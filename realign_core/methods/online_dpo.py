@@ -42,6 +42,9 @@ CARD = Card(
     cost="policy and reference; most of the time goes into writing answers",
     risk="the policy learns what the reward prefers, which is not always what you meant",
     paper="Guo et al. 2024, Direct Language Model Alignment from Online AI Feedback, arXiv 2402.04792, algorithm 1",
+    purpose="preferences about its own answers", hazard="reward hacking", complexity="high", compute="high",
+    held=("policy", "reference", "reward"), stage=2, roles={"judged": 1, "maximum": 2, "online": 3},
+    rows={"below 7B": (1_000, 10_000), "7B and more": (10_000, 50_000)},
 )
 
 

@@ -57,6 +57,8 @@ CARD = Card(
     cost="one model: two answers forward and backward, no reference",
     risk="most of the force is SFT on the chosen answers: their flaws are learned with them",
     paper="Hong et al. 2024, ORPO: Monolithic Preference Optimization without Reference Model, arXiv 2403.07691, eq. 6",
+    purpose="skill and preference in one run", hazard="imitated flaws", complexity="low", compute="low", stage=2,
+    roles={"pairs": 2}, rows={"below 7B": (1_000, 10_000), "7B and more": (10_000, 60_000)},
 )
 
 

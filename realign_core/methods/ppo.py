@@ -115,6 +115,9 @@ CARD = Card(
     cost="up to four models: policy, critic and, with β > 0, reference; a learned reward is the fourth",
     risk="a critic that is wrong: advantages are then noise that looks like signal; watch its error before its policy's reward",
     paper="Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv 1707.06347, eq. 7",
+    purpose="exploration with a dense or learned reward", hazard="a wrong critic", complexity="high", compute="high",
+    held=("policy", "reference", "reward", "critic"), stage=2, roles={"maximum": 1, "judged": 2, "online": 4},
+    rows={"any size": (10_000, 50_000)},
 )
 
 

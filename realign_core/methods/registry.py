@@ -13,12 +13,12 @@ from typing import Any
 from ..errors import ReAlignError
 
 # %% auto #0
-__all__ = ['Card', 'Critic', 'Method', 'register', 'names', 'get']
+__all__ = ['Card', 'Critic', 'Method', 'register', 'names', 'get', 'Entry', 'entries']
 
 # %% ../../nbs/methods/00_registry.ipynb #185ec550
 @dataclass(frozen=True)
 class Card:
-    "What a reader wants to know before choosing a method."
+    "What a reader wants to know before choosing a method; and, from `title` on, what the guide and its tables ask."
     use: str            # when to use it
     avoid: str          # when not
     data: str           # what the rows hold, in words
@@ -26,6 +26,21 @@ class Card:
     cost: str           # compute and memory, by models held
     risk: str           # what goes wrong most often
     paper: str          # the source, with its identifier
+    title: str = ""                         # of something that is no `Method`, such as a change of weights
+    format: str = ""                        # its row format, likewise
+    purpose: str = ""                       # what it is best for, in a few words
+    hazard: str = ""                        # the main risk, in one or two words
+    complexity: str = ""                    # low, medium or high
+    compute: str = ""                       # low, medium or high
+    held: tuple[str, ...] = ("policy",)     # the models in memory: policy and critic are trained, others are not
+    stage: int = 0                          # its place in the order of training, from 1; 0: none of its own
+    reversible: bool = False                # can be taken off again
+    roles: dict[str, int] = field(default_factory=dict)             # part in a plan -> rank among those who can play it
+    rows: dict[str, tuple[int, int]] = field(default_factory=dict)  # case -> typical number of rows
+
+    def __post_init__(self):
+        if wrong := {self.complexity, self.compute} - {"", "low", "medium", "high"}:
+            raise ReAlignError(f"a card's complexity or compute is {wrong.pop()!r}; wanted low, medium or high")
 
     def _repr_markdown_(self) -> str:
         rows = [("Use it when", self.use), ("Not when", self.avoid), ("Data", self.data), ("Typical volume", self.volume),
@@ -68,6 +83,8 @@ class Method:
 
 # %% ../../nbs/methods/00_registry.ipynb #4499fd3d
 _METHODS: dict[str, str] = {}  # name -> module that offers method()
+_CARDS: dict[str, str] = {}    # name -> module that has a CARD and no method(): nothing that `fit` could train
+_PAGES: dict[str, str] = {}    # name -> its notebook
 _discovered = False            # set once the package's own modules have been looked through
 
 
@@ -94,7 +111,7 @@ def get(
 
 # %% ../../nbs/methods/00_registry.ipynb #e932f93c
 def _discover() -> None:
-    "Register every module of `realign_core.methods` that offers `method()`, in the order of their notebooks."
+    "Note every module of `realign_core.methods` that offers `method()` or has a `CARD`, in the order of their notebooks."
     global _discovered
     if _discovered:
         return
@@ -108,9 +125,34 @@ def _discover() -> None:
         path = Path(package.__path__[0]) / f"{info.name}.py"
         if not path.is_file():
             continue
-        source = path.read_text()
-        if any(isinstance(node, ast.FunctionDef) and node.name == "method" for node in ast.parse(source).body):
-            found.append((source.split("File to edit:", 1)[-1].split("\n", 1)[0], info.name))
-    for _, name in sorted(found):
-        register(name, f"realign_core.methods.{name}")
+        source = path.read_text(encoding="utf-8")
+        body = ast.parse(source).body
+        trains = any(isinstance(node, ast.FunctionDef) and node.name == "method" for node in body)
+        if trains or any(isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "CARD" for n in body):
+            page = source.split("File to edit:", 1)[-1].split("\n", 1)[0].split("nbs/")[-1].strip(" .")
+            found.append((page, info.name, trains))
+    for page, name, trains in sorted(found):
+        _PAGES[name] = page
+        (_METHODS if trains else _CARDS)[name] = f"realign_core.methods.{name}"
     _discovered = True
+
+# %% ../../nbs/methods/00_registry.ipynb #0b003a9b
+@dataclass(frozen=True)
+class Entry:
+    "What is known of a method before it is used."
+    name: str
+    title: str
+    format: str         # of its rows
+    card: Card
+    page: str = ""      # its notebook, such as methods/03_dpo.ipynb; empty when there is none
+    trains: bool = True # is it a `Method`, for `fit`?
+
+
+def entries() -> dict[str, Entry]:
+    "Every method and every card, by name, in the order of the curriculum."
+    _discover()
+    found = [Entry(name, m.title, m.format, m.card, _PAGES.get(name, "")) for name in names() for m in [get(name)]]
+    for name, module in _CARDS.items():
+        card = importlib.import_module(module).CARD
+        found.append(Entry(name, card.title or name.replace("_", " ").capitalize(), card.format, card, _PAGES[name], False))
+    return {e.name: e for e in sorted(found, key=lambda e: (not e.page, e.page))}

@@ -45,6 +45,8 @@ CARD = Card(
     cost="the policy alone; most of the time goes into writing answers, and those that fail are thrown away",
     risk="answers that are right for a wrong reason are kept, and variety is lost round by round",
     paper="Zelikman et al. 2022, STaR, arXiv 2203.14465; Singh et al. 2023, ReST-EM, arXiv 2312.06585, algorithm 1",
+    purpose="expert iteration, data for a cold start", hazard="lost variety", complexity="medium", compute="medium", stage=1,
+    roles={"traces": 1}, rows={"any size": (1_000, 10_000)},
 )
 
 

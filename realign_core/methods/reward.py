@@ -78,6 +78,8 @@ CARD = Card(
     cost="one model: two answers forward and backward, no reference, no output layer",
     risk="it learns whatever tells the sides apart, such as length, and whoever maximises it finds out",
     paper="Ouyang et al. 2022, Training language models to follow instructions with human feedback, arXiv 2203.02155, eq. 1",
+    purpose="a learned judge", hazard="a stand-in for quality", complexity="medium", compute="low",
+    roles={"judge": 1}, rows={"below 7B": (5_000, 100_000), "7B and more": (100_000, 1_000_000)},
 )
 
 

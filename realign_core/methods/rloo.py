@@ -84,6 +84,8 @@ CARD = Card(
     cost="policy and, with β > 0, reference; most of the time goes into writing answers",
     risk="long answers: the ratio of a whole answer leaves its interval with a few tokens, and then nothing is learned",
     paper="Ahmadian et al. 2024, Back to Basics: Revisiting REINFORCE-Style Optimization, arXiv 2402.14740, eq. 7–8",
+    purpose="unbiased policy gradient", hazard="long answers", complexity="high", compute="high", held=("policy", "reference"),
+    stage=3, roles={"verified": 2, "online": 2}, rows={"below 7B": (5_000, 20_000), "7B and more": (10_000, 50_000)},
 )
 
 

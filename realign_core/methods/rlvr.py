@@ -77,6 +77,9 @@ CARD = Card(
     cost="as the method under it, and the verifier's time: milliseconds an answer for code in a warm sandbox",
     risk="the verifier's false positives: what it pays by mistake is found and learned",
     paper="Lambert et al. 2024, Tülu 3, arXiv 2411.15124, §6; DeepSeek-AI 2025, DeepSeek-R1, arXiv 2501.12948",
+    purpose="complex reasoning with verified rewards", hazard="false positives", complexity="high", compute="high",
+    held=("policy", "reference"), stage=3, roles={"verified": 3},
+    rows={"below 7B": (5_000, 20_000), "7B and more": (10_000, 50_000)},
 )
 
 

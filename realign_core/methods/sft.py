@@ -46,6 +46,10 @@ CARD = Card(
     cost="one model; full fine-tuning in fp32 with AdamW holds 16 bytes a parameter, LoRA little more than the model",
     risk="a wrong mask: the prompt is learnt, or the end of turn is not",
     paper="Ouyang et al. 2022, Training language models to follow instructions, arXiv 2203.02155, §3.5",
+    purpose="new capabilities, formats and styles", hazard="overfitting", complexity="low", compute="low", stage=1,
+    roles={"demonstrate": 1, "distil": 1},
+    rows={"below 7B": (1_000, 5_000), "one task": (500, 2_000), "chat": (1_000, 10_000), "cold start": (2_000, 5_000),
+          "little data": (1_000, 1_000), "distillation": (100_000, 1_000_000)},
 )
 
 

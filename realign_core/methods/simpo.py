@@ -24,6 +24,8 @@ CARD = Card(
     cost="one model: two answers forward and backward, no reference",
     risk="nothing anchors it: a learning rate twice too high, and the text degenerates while the accuracy looks perfect",
     paper="Meng et al. 2024, SimPO: Simple Preference Optimization with a Reference-Free Reward, arXiv 2405.14734, eq. 6",
+    purpose="preference by mean log-probability, no reference", hazard="degenerate text", complexity="medium", compute="low",
+    stage=2, roles={"pairs": 3}, rows={"any size": (1_000, 60_000)},
 )
 
 
