@@ -34,6 +34,9 @@ CARD = Card(
     cost="policy and reference; writing and training never share the machine, so each can have the one that suits it",
     risk="pairs grow old within a round: what they correct has been corrected, what has gone wrong since is not in them",
     paper="Pang et al. 2024, Iterative Reasoning Preference Optimization, arXiv 2404.19733, section 2 and eq. 1",
+    title="Iterative DPO", format="online", purpose="preferences about its own answers, in rounds", hazard="stale pairs",
+    complexity="medium", compute="high", held=("policy", "reference"), stage=2, roles={"judged": 4},
+    rows={"below 7B": (1_000, 10_000), "7B and more": (10_000, 50_000)},
 )
 
 # %% ../../nbs/methods/15_iterative_dpo.ipynb #4cf1088e
