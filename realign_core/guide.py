@@ -112,12 +112,19 @@ PLANNED = {e.name: e for e in (
         "Lewis et al. 2020, Retrieval-Augmented Generation, arXiv 2005.11401", purpose="facts without training",
         hazard="a search that misses", complexity="medium", compute="low", held=("model",), reversible=True,
         roles={"retrieve": 1}), trains=False),
-    Entry("steering", "Activation steering", "contrast", _card(
+    Entry("steering", "Activation steering", "preference", _card(
         "behaviour has to be switched while the model runs", "too strong a dose breaks the text",
-            "pairs of prompts that differ in "
-        "one trait", "Rimsky et al. 2023, Steering Llama 2 via Contrastive Activation Addition, arXiv 2312.06681",
-        purpose="reversible, composable control", hazard="too strong a dose", complexity="medium", compute="low", held=("model",),
-        reversible=True, roles={"steer": 1, "unrefuse": 2}, rows={"any size": (100, 400)}), trains=False),
+        "a prompt with two answers that differ in one trait", "Rimsky et al. 2024, Steering Llama 2 via Contrastive Activation "
+        "Addition, arXiv 2312.06681", purpose="reversible, composable control", hazard="too strong a dose", complexity="medium",
+        compute="low", held=("model",), reversible=True, roles={"steer": 1, "unrefuse": 2}, rows={"any size": (32, 200)}),
+        trains=False),
+    Entry("iterative_dpo", "Iterative DPO", "online", _card(
+        "answers can be scored, but not while training runs", "pairs grow old within a round",
+            "prompts, with whatever the reward "
+        "reads; no answers", "Pang et al. 2024, Iterative Reasoning Preference Optimization, arXiv 2404.19733",
+        purpose="rounds of pairs from its own answers", hazard="stale pairs", complexity="high", compute="high",
+        held=("policy", "reference"), stage=2, roles={"judged": 3, "maximum": 3}, rows={"any size": (1_000, 10_000)}),
+        trains=False),
     Entry("calibration", "Calibration", "online", _card(
         "answers are used with their confidence", "a constant confidence is calibrated and says nothing", "questions with their "
         "answers, apart from all training", "Damani et al. 2025, Beyond Binary Rewards, arXiv 2507.16806", purpose="uncertainty",

@@ -35,10 +35,10 @@ def support() -> Rows:
         files = {}
         for record in evidence(entry, place):
             files.setdefault(record["file"], set()).add(record["seed"])
-        links = [f"[{len(seeds)} seed{'s' if len(seeds) > 1 else ''}]({HOME}/{file})"
-                 for file, seeds in files.items()]
+        links = [f"[{len(seeds)} seed{'s' if len(seeds) > 1 else ''}]({HOME}/{file})" for file, seeds in files.items()]
         return f"yes: {', '.join(links)}" if links else "not shown" if entry.page else "no notebook"
-    return Rows({"method": f"{e.title} (`{e.name}`)", **{place: cell(e, place) for place in PLACES}} for e in catalogue().values())
+    return Rows({"method": f"{e.title} (`{e.name}`)", **{place: cell(e, place) for place in PLACES}}
+                for e in catalogue().values())
 
 # %% ../nbs/start/02_tables.ipynb #e9cdb23d
 def _counts(entry: Entry) -> str:
@@ -48,8 +48,10 @@ def _counts(entry: Entry) -> str:
     return "; ".join(f"{case}: {span(*span_)}" for case, span_ in entry.card.rows.items())
 
 
-def comparison(size: float = 7.0) -> Rows:
-    "Data, volume, complexity, compute, memory by models held, and risk of every method, for `size` billion parameters."
+def comparison(
+    size: float = 7.0,   # billions of parameters
+) -> Rows:
+    "Data, volume, complexity, compute, memory by models held, and risk of every method."
     def need(card):
         trains = any(model in TRAINED for model in card.held)
         return f"{memory_gib(card, size):.0f} GiB" + (f", {memory_gib(card, size, True):.0f} with adapters" if trains else "")

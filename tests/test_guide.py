@@ -454,4 +454,4 @@ def test_a_planned_method_gives_way_to_its_notebook(monkeypatch):
     monkeypatch.setattr(guide, "entries", lambda: {"steering": entry})
     found = guide.catalogue()["steering"]
     assert found.page and found.card.use == "own words" and found.card.roles == guide.PLANNED["steering"].card.roles
-    assert found.card.reversible and found.format == "contrast"
+    assert found.card.reversible and found.format == "preference"
