@@ -23,7 +23,8 @@ from .notebook import interval_text, run_folder, runs_root
 # %% auto #0
 __all__ = ['ROOMS', 'notebooks_folder', 'Notebook', 'read_notebook', 'list_notebooks', 'find_notebook', 'read_value',
            'check_parameters', 'Outcome', 'run_notebook', 'summary', 'text_table', 'list_command', 'run_command',
-           'report_command', 'check_command', 'convert_command', 'curate_command', 'parser', 'main']
+           'report_command', 'check_command', 'convert_command', 'curate_command', 'doctor_command', 'progress_command',
+           'parser', 'main']
 
 # %% ../nbs/engine/12_command_line.ipynb #005a8a09
 ROOMS = ("start", "engine", "data", "rewards", "methods", "evaluate", "workflows", "hardware")  # the curriculum's order
@@ -353,10 +354,38 @@ def curate_command(args: argparse.Namespace) -> int:
     return 0
 
 # %% ../nbs/engine/12_command_line.ipynb #622b03e9
+def doctor_command(args: argparse.Namespace) -> int:
+    "Print what is installed and works here, and what to do about each gap; 1 when nothing can be trained."
+    from realign_core.doctor import examine, table
+    findings = examine()
+    print(text_table(table(findings)))
+    return 1 if any(f.needed and not f.ok for f in findings) else 0
+
+
+def progress_command(args: argparse.Namespace) -> int:
+    "Print which exercises have been solved."
+    from realign_core.exercises import progress, progress_file
+    rows = progress(args.folder)
+    counts = [tuple(map(int, row["solved"].split(" of "))) for row in rows]
+    if rows:
+        print(text_table(rows))
+    print(f"\n  {sum(n for n, _ in counts)} of {sum(n for _, n in counts)} solved; kept in {_short_path(progress_file())}")
+    return 0
+
+
+def _learner_commands(commands) -> None:
+    "The grammar of `doctor` and `progress`."
+    doctor = commands.add_parser("doctor", help="what is installed and works here, and what to do about each gap")
+    doctor.set_defaults(call=doctor_command)
+    progress = commands.add_parser("progress", help="which exercises have been solved")
+    progress.add_argument("--folder", help="where the notebooks are (default: this checkout's)")
+    progress.set_defaults(call=progress_command)
+
+# %% ../nbs/engine/12_command_line.ipynb #2eee1316
 def parser() -> argparse.ArgumentParser:
     "The command line's grammar."
     top = argparse.ArgumentParser(prog="realign", description="LLM post-training you can read, run and trust.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="list | run | report | check | convert | curate")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     listing = commands.add_parser("list", help="the methods and the notebooks")
     listing.add_argument("--folder", help="where the notebooks are (default: this checkout's)")
@@ -382,6 +411,7 @@ def parser() -> argparse.ArgumentParser:
     report.set_defaults(call=report_command)
 
     _data_commands(commands)
+    _learner_commands(commands)
 
     curate = commands.add_parser("curate", help="make training data by a pipeline file; a killed run goes on where it was")
     curate.add_argument("pipeline", help="a .yaml or .py file")
