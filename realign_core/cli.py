@@ -235,13 +235,22 @@ def list_command(args: argparse.Namespace) -> int:
     for name in registry.names():
         print(f"  {name:<22} {registry.get(name).title}")
     room = None
-    for notebook in list_notebooks(args.folder):
+    for notebook in _notebooks_or_none(args.folder):
         if notebook.room != room:
             room = notebook.room
             print(f"\n{room.capitalize() if notebook.path.parent.name != 'nbs' else 'Front page'}")
         time = f"{notebook.seconds:.0f} s" if notebook.seconds else ""
         print(f"  {notebook.name:<22} {notebook.title:<52.52} {time:>6}")
     return 0
+
+
+def _notebooks_or_none(folder: str | None) -> list[Notebook]:
+    "The notebooks, or none and a word about where they are: an installed package has methods but no pages."
+    try:
+        return list_notebooks(folder)
+    except ReAlignError:
+        print("\nThe notebooks are in a checkout of the project: git clone https://github.com/realign/realign")
+        return []
 
 # %% ../nbs/engine/12_command_line.ipynb #13de0f5b
 def run_command(args: argparse.Namespace) -> int:
