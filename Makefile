@@ -42,6 +42,7 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 	@echo "Setting up $(VENV) for development (once) …"
 	@$(PIP) -e '.[dev]'
 	@$(PIP) -e '.[tasks]' || echo "reasoning-gym was not installed: its solver takes a C compiler. The tests that need it will say so."
+	@sh tools/browser.sh || echo "There is no browser here, and none could be installed: the tests in a browser will say so."
 	@touch $@
 
 run: $(VENV)/run.stamp

@@ -24,7 +24,7 @@ from .notebook import interval_text, run_folder, runs_root
 __all__ = ['ROOMS', 'notebooks_folder', 'Notebook', 'read_notebook', 'list_notebooks', 'find_notebook', 'read_value',
            'check_parameters', 'Outcome', 'run_notebook', 'summary', 'text_table', 'list_command', 'run_command',
            'report_command', 'check_command', 'convert_command', 'curate_command', 'guide_command', 'skills_command',
-           'parser', 'main']
+           'doctor_command', 'progress_command', 'parser', 'main']
 
 # %% ../nbs/engine/12_command_line.ipynb #005a8a09
 ROOMS = ("start", "engine", "data", "rewards", "methods", "evaluate", "workflows", "hardware")  # the curriculum's order
@@ -237,13 +237,22 @@ def list_command(args: argparse.Namespace) -> int:
     for entry in entries().values():
         print(f"  {entry.name:<22} {entry.title}")
     room = None
-    for notebook in list_notebooks(args.folder):
+    for notebook in _notebooks_or_none(args.folder):
         if notebook.room != room:
             room = notebook.room
             print(f"\n{room.capitalize() if notebook.path.parent.name != 'nbs' else 'Front page'}")
         time = f"{notebook.seconds:.0f} s" if notebook.seconds else ""
         print(f"  {notebook.name:<22} {notebook.title:<52.52} {time:>6}")
     return 0
+
+
+def _notebooks_or_none(folder: str | None) -> list[Notebook]:
+    "The notebooks, or none and a word about where they are: an installed package has methods but no pages."
+    try:
+        return list_notebooks(folder)
+    except ReAlignError:
+        print("\nThe notebooks are in a checkout of the project: git clone https://github.com/realign/realign")
+        return []
 
 # %% ../nbs/engine/12_command_line.ipynb #13de0f5b
 def run_command(args: argparse.Namespace) -> int:
@@ -400,11 +409,38 @@ def _guide_commands(commands) -> None:
     skills.set_defaults(call=skills_command)
 
 # %% ../nbs/engine/12_command_line.ipynb #622b03e9
+def doctor_command(args: argparse.Namespace) -> int:
+    "Print what is installed and works here, and what to do about each gap; 1 when nothing can be trained."
+    from realign_core.doctor import examine, table
+    findings = examine()
+    print(text_table(table(findings)))
+    return 1 if any(f.needed and not f.ok for f in findings) else 0
+
+
+def progress_command(args: argparse.Namespace) -> int:
+    "Print which exercises have been solved."
+    from realign_core.exercises import progress, progress_file
+    rows = progress(args.folder)
+    counts = [tuple(map(int, row["solved"].split(" of "))) for row in rows]
+    if rows:
+        print(text_table(rows))
+    print(f"\n  {sum(n for n, _ in counts)} of {sum(n for _, n in counts)} solved; kept in {_short_path(progress_file())}")
+    return 0
+
+
+def _learner_commands(commands) -> None:
+    "The grammar of `doctor` and `progress`."
+    doctor = commands.add_parser("doctor", help="what is installed and works here, and what to do about each gap")
+    doctor.set_defaults(call=doctor_command)
+    progress = commands.add_parser("progress", help="which exercises have been solved")
+    progress.add_argument("--folder", help="where the notebooks are (default: this checkout's)")
+    progress.set_defaults(call=progress_command)
+
+# %% ../nbs/engine/12_command_line.ipynb #2eee1316
 def parser() -> argparse.ArgumentParser:
     "The command line's grammar."
     top = argparse.ArgumentParser(prog="realign", description="LLM post-training you can read, run and trust.")
-    commands = top.add_subparsers(dest="command", required=True,
-                                  metavar="list | guide | run | report | check | convert | curate | skills")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     listing = commands.add_parser("list", help="the methods and the notebooks")
     listing.add_argument("--folder", help="where the notebooks are (default: this checkout's)")
@@ -431,6 +467,7 @@ def parser() -> argparse.ArgumentParser:
 
     _data_commands(commands)
     _guide_commands(commands)
+    _learner_commands(commands)
 
     curate = commands.add_parser("curate", help="make training data by a pipeline file; a killed run goes on where it was")
     curate.add_argument("pipeline", help="a .yaml or .py file")

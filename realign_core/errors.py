@@ -7,15 +7,24 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['ReAlignError', 'DataError', 'ModelError', 'BackendError', 'OutputError', 'CheckpointError', 'TrainingError',
-           'SandboxError', 'GateFailed']
+           'SandboxError', 'GateFailed', 'WrongAnswer']
 
 # %% ../nbs/engine/00_errors.ipynb #0ff5815f
 class ReAlignError(Exception):
     "Base of every error that ReAlign raises on purpose."
 
+    page = "engine/00_errors.ipynb"  # the page that explains such an error, and the section there
+    section = "One base class"
+
+    def __init__(self, *args: object):
+        super().__init__(*args)
+        self.add_note(f"Explained in nbs/{self.page}, section “{self.section}”.")
+
 # %% ../nbs/engine/00_errors.ipynb #5c3caa0a
 class DataError(ReAlignError, ValueError):
     "A row, or a whole file, that cannot be used."
+
+    page, section = "data/00_formats.ipynb", "What goes wrong, and what is said"
 
     def __init__(self,
         problem: str,              # what is wrong, in one clause
@@ -47,26 +56,50 @@ def _short(value: object, limit: int = 80) -> str:
 class ModelError(ReAlignError, ValueError):
     "A model name or snapshot that cannot be loaded, or used for what was asked."
 
+    page, section = "engine/02_policy.ipynb", "Which model"
+
 
 class BackendError(ReAlignError, RuntimeError):
     "A framework that is unknown, not installed, or lacks something."
+
+    page, section = "engine/02_policy.ipynb", "Which backend"
 
 
 class OutputError(ReAlignError, OSError):
     "A folder that cannot be written to: read-only, full, or in the way."
 
+    page, section = "engine/11_runs.ipynb", "Where files go"
+
 
 class CheckpointError(ReAlignError, RuntimeError):
     "A checkpoint that is missing, cut short, or belongs to another run."
+
+    page, section = "engine/14_checkpoints.ipynb", "One error for all that goes wrong"
 
 
 class TrainingError(ReAlignError, RuntimeError):
     "Training that cannot go on, such as a loss that is no longer a number."
 
+    page, section = "engine/09_fit.ipynb", "What can go wrong"
+
 
 class SandboxError(ReAlignError, RuntimeError):
     "No sandbox that works here, so foreign code was not run."
 
+    page, section = "rewards/02_sandbox.ipynb", "Trust, after a test"
+
 
 class GateFailed(ReAlignError, AssertionError):
     "A measured figure that misses its limit."
+
+    page, section = "workflows/00_gates.ipynb", "A gate"
+
+
+class WrongAnswer(ReAlignError, AssertionError):
+    "An answer to an exercise that is not right yet."
+
+    page, section = "engine/18_exercises.ipynb", "What is wrong with an answer"
+
+    def _render_traceback_(self) -> list[str]:
+        "What a notebook shows: the explanation, without the library's lines above it."
+        return [f"{type(self).__name__}: {self}", *self.__notes__]

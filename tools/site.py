@@ -1,7 +1,7 @@
 """Makes README.md and the site's pages from the notebooks: everything but Quarto's own part.
 
-    python tools/site.py           write README.md, nbs/sidebar.yml and the pages in _proc/
-    python tools/site.py --check   fail when README.md or the sidebar is not what the notebooks say
+    python tools/site.py           write README.md, nbs/sidebar.yml, the roadmaps and the pages in _proc/
+    python tools/site.py --check   fail when one of them is not what the notebooks say, or the site has a hole
 
 README.md is nbs/index.ipynb taken through nbdev's processing and then nbconvert. `quarto render _proc` turns the pages
 into the site; the workflow does that.
@@ -14,6 +14,8 @@ import os
 import re
 import sys
 from pathlib import Path
+
+from pages import MARK, made
 
 from realign_core.cli import ROOMS, list_notebooks
 
@@ -47,10 +49,12 @@ def readme() -> str:
     processors(links=False)()(notebook)
     notebook = nbformat.reads(nb2str(notebook), as_version=4)
     notebook.cells = [c for c in notebook.cells if c.cell_type != "raw" and c.get("source")]
-    for cell in (c for c in notebook.cells if c.cell_type == "code"):
+    for cell in notebook.cells:
         if re.search(r"^#\|\s*echo:\s*false", cell.source, re.MULTILINE):
             cell.metadata["tags"] = ["hide_input"]
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE)
+        if cell.source.startswith(MARK):
+            cell.source = re.sub(r"\]\((?!https?:)", "](nbs/", cell.source)  # README.md stands one folder higher
     exporter = MarkdownExporter()
     exporter.register_preprocessor("nbconvert.preprocessors.TagRemovePreprocessor", enabled=True)
     exporter._preprocessors[-1].remove_input_tags = {"hide_input"}
@@ -90,6 +94,16 @@ def pages() -> None:
         raise SystemExit(f"tools/site.py: nbdev did not hand {', '.join(missing)} to the site")
 
 
+def brought_up_to_date(path: Path, text: str, check: bool) -> list[str]:
+    "Write a file unless only asked to check; its name when it was out of date."
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return []
+    if not check:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return [path.relative_to(ROOT).as_posix()]
+
+
 def main() -> int:
     "Write the files, or compare them."
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -97,13 +111,13 @@ def main() -> int:
     check = arguments.parse_args().check
     os.chdir(ROOT)
     stale = []
+    for path, text in made(list_notebooks(NBS), NBS).items():
+        stale += brought_up_to_date(path, text, check)
     for path, text in ((ROOT / "README.md", readme()), (NBS / "sidebar.yml", sidebar())):
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            stale.append(path.relative_to(ROOT).as_posix())
-            if not check:
-                path.write_text(text, encoding="utf-8")
+        stale += brought_up_to_date(path, text, check)
     if stale:
-        print(f"{', '.join(stale)}: {'out of date; run make site' if check else 'written'}")
+        what = ", ".join(stale) if len(stale) < 9 else f"{len(stale)} files"
+        print(f"{what}: {'out of date; run make site' if check else 'written'}")
     pages()
     return 1 if stale and check else 0
 
