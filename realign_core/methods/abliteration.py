@@ -354,12 +354,14 @@ def search(
     layers, rows = policy.sizes()[1], []
 
     def measure(trial):
-        strengths = {"embedding": trial.suggest_float("embedding", 0, 1), **{k: _bump(trial, k, layers) for k in ("attention", "mlp")}}
+        strengths = {"embedding": trial.suggest_float("embedding", 0, 1)}
+        strengths |= {name: _bump(trial, name, layers) for name in ("attention", "mlp")}
         actions = ablation(direction, layers, **strengths)
         with policy.intervene(*actions, check=False):
             left = float(refusal_odds(policy, harmful, refusals).mean())
-        rows.append({"refusal left (log-odds)": left, "harmless KL (nats/token)": drift(policy, harmless, actions).value, **strengths})
-        return left, rows[-1]["harmless KL (nats/token)"]
+        moved = drift(policy, harmless, actions).value
+        rows.append({"refusal left (log-odds)": left, "harmless KL (nats/token)": moved, **strengths})
+        return left, moved
 
     optuna.create_study(directions=["minimize"] * 2, sampler=optuna.samplers.TPESampler(seed=seed)).optimize(measure, trials)
     rows.sort(key=lambda row: row["harmless KL (nats/token)"])
