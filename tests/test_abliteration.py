@@ -16,7 +16,7 @@ pytest.importorskip("mlx_lm")
 
 from realign_core.engine.adapters import read_safetensors  # noqa: E402
 from realign_core.engine.policy import load  # noqa: E402
-from realign_core.errors import DataError, ModelError  # noqa: E402
+from realign_core.errors import BackendError, DataError, ModelError  # noqa: E402
 from realign_core.evaluate.metrics import kl  # noqa: E402
 from realign_core.methods import abliteration as ab  # noqa: E402
 
@@ -46,6 +46,101 @@ def test_runtime_and_weights_agree_on_both_frameworks(snapshot, tmp_path, backen
         assert np.abs(other.hidden_states(batch) - states).max() <= 1e-4
     if not settings.get("embedding", 1.0) == 0.0:
         assert np.abs(states @ d.T).max() <= 1e-4  # nothing is left of it anywhere
+
+
+def whole(policy, ids):
+    "All logits (T, V) of one sequence, by the framework's own call of the model."
+    if policy.backend == "torch":
+        return policy.model(torch.tensor(ids)[None]).logits[0].detach().numpy()
+    import mlx.core as mx
+    return np.array(policy._model(mx.array(ids)[None])[0].astype(mx.float32))
+
+
+IDS = np.random.default_rng(3).integers(6, 300, 24)
+
+
+@pytest.mark.seconds(10)
+@pytest.mark.parametrize(("family", "tied"), KINDS)
+def test_whole_logits_agree(snapshot, tmp_path, backend, family, tied):
+    "Every token and every entry of the vocabulary: at run time, as a snapshot, as an adapter of either layout; both frameworks."
+    policy, d = load(snapshot(family, tied), backend, threads=1), vector(3, 2)
+    settings = {"attention": (1.0, 0.4), "mlp": (0.0, 1.3)}
+    with policy.intervene(*ab.ablation(d, 2, 0.0, **settings)):
+        wanted = whole(policy, IDS)
+    assert np.abs(wanted - whole(policy, IDS)).max() > 1e-2
+    folder = ab.write(policy, d, tmp_path / "m", embedding=0.0, **settings)
+    adapters = [ab.write_lora(policy, d, tmp_path / layout, layout=layout, **settings) for layout in ("peft", "mlx")]
+    for name in ("torch", "mlx"):
+        close = 1e-4 if name == backend else 1e-3
+        assert np.abs(whole(load(folder, name, threads=1), IDS) - wanted).max() <= close
+        for adapter in adapters:
+            assert np.abs(whole(load(snapshot(family, tied), name, adapter=adapter, threads=1), IDS) - wanted).max() <= close
+
+
+def test_whole_logits_of_the_shipped_model_agree(tmp_path, open_policy):
+    policy, d = open_policy("tinyworld-instruct"), vector(1, width=128)
+    with policy.intervene(*ab.ablation(d, 4)):
+        wanted = whole(policy, IDS)
+    folder = ab.write(policy, d, tmp_path / "m")
+    for name in ("torch", "mlx"):
+        assert np.abs(whole(load(folder, name, threads=1), IDS) - wanted).max() <= (1e-4 if name == policy.backend else 1e-3)
+
+
+def test_an_adapter_has_the_rank_of_the_directions(snapshot, tmp_path, open_policy):
+    from realign_core.engine.adapters import read_adapter
+    policy = open_policy(snapshot())
+    lora, tensors = read_adapter(ab.write_lora(policy, vector(3, 3), tmp_path / "a", attention=0.0))
+    assert (lora.rank, lora.scale) == (3, 1.0)
+    assert list(tensors) == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(snapshot()), tmp_path / "a").eval()
+    with policy.intervene(*ab.ablation(vector(3, 3), 2, 0.0, 0.0)):
+        assert np.abs(model(torch.tensor(IDS)[None]).logits[0].detach().numpy() - whole(policy, IDS)).max() <= 1e-3
+
+
+def test_what_an_adapter_cannot_hold(snapshot, tmp_path, open_policy):
+    policy = open_policy(snapshot())
+    with pytest.raises(ModelError, match="nothing would be taken out"):
+        ab.write_lora(policy, vector(), tmp_path / "a", attention=0.0, mlp=0.0)
+    with pytest.raises(ModelError, match="width 32"):
+        ab.write_lora(policy, np.ones(31), tmp_path / "a")
+    with pytest.raises(ModelError, match="fuse"):
+        ab.write_lora(open_policy(snapshot(), lora=2), np.ones(32), tmp_path / "a")
+    with pytest.raises(ModelError, match="layout"):
+        ab.write_lora(policy, vector(), tmp_path / "a", layout="gguf")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_bias_that_writes_to_the_stream_has_no_room_in_an_adapter(snapshot, tmp_path, open_policy, monkeypatch):
+    policy, saved = open_policy(snapshot()), ab._saved
+    def with_bias(policy, folder):
+        files = saved(policy, folder)
+        entries = next(iter(files.values()))
+        entries["model.layers.0.mlp.down_proj.bias"] = {"dtype": "F32", "shape": [32], "data": bytes(128)}
+        return files
+    monkeypatch.setattr(ab, "_saved", with_bias)
+    with pytest.raises(ModelError, match=r"down_proj\.bias"):
+        ab.write_lora(policy, vector(), tmp_path / "a")
+
+
+def test_search_finds_strengths_that_pass(open_policy):
+    pytest.importorskip("optuna", reason="Optuna is not installed")
+    policy, d = open_policy("tinyworld-instruct"), vector(1, width=128)
+    args = (policy, d, ["What is 7 + 5?"], ["What is 12 + 30?", "Name the colour of the bird."], ["I cannot help with that."])
+    strengths, rows = ab.search(*args, trials=6, max_kl=9.0)
+    assert len(rows) == 6 and [len(strengths[k]) for k in ("attention", "mlp")] == [4, 4]
+    assert rows == ab.search(*args, trials=6, max_kl=9.0)[1]
+    ab.ablation(d, 4, **strengths)
+    with pytest.raises(ModelError, match="none of 2 trials"):
+        ab.search(*args, trials=2, max_kl=-1.0)
+
+
+def test_search_says_what_it_needs(monkeypatch):
+    import sys
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(BackendError, match="pip install"):
+        ab.search(None, None, [], [], [])
 
 
 def test_one_matrix_for_embedding_and_output_is_untied(snapshot, tmp_path, open_policy):

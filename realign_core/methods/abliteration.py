@@ -7,27 +7,30 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..engine.adapters import _decode, staged_folder
+from ..engine.adapters import _decode, staged_folder, write_adapter
 from ..engine.batching import collate
 from ..engine.encoding import Encoder, Example
 from ..engine.encoding import Sequence as Tokens
-from ..engine.interventions import Add, Intervention, Project
+from ..engine.interventions import Add, Project
 from ..engine.logprobs import k3
-from ..errors import DataError, ModelError
+from ..engine.policy import LoRA
+from ..errors import BackendError, DataError, ModelError
 from ..evaluate.metrics import Interval, bootstrap, proportion
 from .registry import Card
 from ..notebook import Rows
 
 # %% auto #0
-__all__ = ['CARD', 'CLASSES', 'states', 'directions', 'ablation', 'orthogonalise', 'refusal_odds', 'drift', 'Selection', 'select',
-           'write', 'judge', 'Judged', 'judged', 'cone']
+__all__ = ['CARD', 'CLASSES', 'states', 'directions', 'ablation', 'orthogonalise', 'refusal_odds', 'respond', 'drift',
+           'Selection', 'select', 'write', 'write_lora', 'search', 'judge', 'Judged', 'judged', 'cone']
 
 # %% ../../nbs/methods/20_abliteration.ipynb #d24c5df0
 CARD = Card(
@@ -132,23 +135,28 @@ def refusal_odds(
     return np.log(p) - np.log1p(-p)
 
 
-def drift(
+def respond(
     policy: Any,
-    prompts: Sequence,                     # harmless ones
-    actions: tuple[Intervention, ...],     # what is done to it
+    prompts: Sequence,                     # N
+    actions: tuple = (),                   # interventions while it answers
     max_tokens: int = 48,
-    seed: int = 0,
-) -> Interval:                             # nats per token
-    "KL(with ‖ without) over all tokens of answers sampled with the interventions, by the estimator k3."
+    seed: int = 0,                         # of the sampling
+) -> tuple[list[str], Interval]:           # (N,) answers; nats per token
+    "An answer to each prompt at temperature 1, and KL(with ‖ without) over all of their tokens, by the estimator k3."
     encoder = Encoder(policy.tokenizer, policy.max_length - max_tokens, truncation="left")
     ids = [encoder.prompt(prompt) for prompt in prompts]
-    with policy.intervene(*actions):
+    with policy.intervene(*actions) if actions else nullcontext():
         answers = [a[0] for a in policy.generate(ids, max_tokens=max_tokens, seed=seed)]
     batch = collate([Example((Tokens([*p, *a.ids], [False] * len(p) + [True] * len(a.ids)),))
                      for p, a in zip(ids, answers, strict=True)])
     theirs = policy.score(batch)
     totals = [float(k3(a.logps, row[mask]).sum()) for a, row, mask in zip(answers, theirs, batch.mask, strict=True)]
-    return bootstrap(totals, batch.mask.sum(1), unit="nats/token")
+    return [a.text for a in answers], bootstrap(totals, batch.mask.sum(1), unit="nats/token")
+
+
+def drift(policy: Any, prompts: Sequence, actions: tuple, max_tokens: int = 48, seed: int = 0) -> Interval:
+    "The KL of `respond` alone, on harmless prompts."
+    return respond(policy, prompts, actions, max_tokens, seed)[1]
 
 # %% ../../nbs/methods/20_abliteration.ipynb #718eba8b
 @dataclass(frozen=True)
@@ -215,20 +223,20 @@ def _write_tensors(path: Path, entries: dict[str, dict]) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(entry["data"] for entry in entries.values()))
 
 # %% ../../nbs/methods/20_abliteration.ipynb #d524d468
-def _edit(entries: dict[str, dict], direction: Any, strengths: dict[str, Any], preserve: bool) -> list[str]:
-    "Orthogonalise the writers among a file's tensors in place; returns their names."
-    done = []
+def _strength_of(name: str, strengths: dict[str, Any]) -> tuple[float, int]:
+    "How much is taken out of a tensor, 0 for what writes nothing to the stream; and its axis of the stream's width."
+    kind, axis = next((w for end, w in _WRITERS.items() if name.endswith(end)), (None, 0))
+    layer = re.search(r"layers\.(\d+)\.", name)
+    return float(0 if kind is None else strengths[kind][int(layer[1])] if layer else strengths[kind]), axis
+
+
+def _edit(entries: dict[str, dict], direction: Any, strengths: dict[str, Any], preserve: bool) -> None:
+    "Orthogonalise the writers among a file's tensors in place."
     for name, entry in entries.items():
-        kind, axis = next((w for end, w in _WRITERS.items() if name.endswith(end)), (None, 0))
-        if kind is None:
-            continue
-        layer = re.search(r"layers\.(\d+)\.", name)
-        strength = float(strengths[kind][int(layer[1])] if layer else strengths[kind])
+        strength, axis = _strength_of(name, strengths)
         if strength:
             new = orthogonalise(_decode(name, entry), direction, axis, strength, preserve)
             entries[name] = entry | {"data": _encode(new, entry["dtype"])}
-        done.append(name)
-    return done
 
 
 def write(
@@ -241,17 +249,11 @@ def write(
     preserve: bool = False,                   # keep the length of what each input writes
 ) -> Path:
     "A snapshot whose weights write nothing along the direction; raises `ModelError` for a family that cannot have that."
-    from safetensors import deserialize
-    if policy.lora is not None:
-        raise ModelError("the policy has adapters; call fuse() first, so that they are in the weights")
-    width, layers = policy.sizes()
-    if np.shape(direction)[-1:] != (width,):
-        raise ModelError(f"a direction of shape {np.shape(direction)}; the residual stream has width {width}")
+    layers = _check_writable(policy, direction)
     strengths = {"embedding": embedding, "attention": _strengths(attention, layers, "attention"),
                  "mlp": _strengths(mlp, layers, "mlp")}
     with staged_folder(folder) as stage:
-        policy.save(stage)
-        files = {path: dict(deserialize(path.read_bytes())) for path in sorted(stage.glob("*.safetensors"))}
+        files = _saved(policy, stage)
         names = [name for entries in files.values() for name in entries]
         _check_family(names, layers, policy.config, embedding)
         first = next(e for e in files.values() if any(n.endswith("embed_tokens.weight") for n in e))
@@ -263,6 +265,23 @@ def write(
     return Path(folder)
 
 # %% ../../nbs/methods/20_abliteration.ipynb #5747ea1f
+def _check_writable(policy: Any, direction: Any) -> int:
+    "The number of layers; raises `ModelError` for adapters and for a direction of another width."
+    if policy.lora is not None:
+        raise ModelError("the policy has adapters; call fuse() first, so that they are in the weights")
+    width, layers = policy.sizes()
+    if np.shape(direction)[-1:] != (width,):
+        raise ModelError(f"a direction of shape {np.shape(direction)}; the residual stream has width {width}")
+    return layers
+
+
+def _saved(policy: Any, folder: Path) -> dict[Path, dict[str, dict]]:
+    "The policy's snapshot, and the tensors of each of its files as dtype, shape and bytes."
+    from safetensors import deserialize
+    policy.save(folder)
+    return {path: dict(deserialize(path.read_bytes())) for path in sorted(folder.glob("*.safetensors"))}
+
+
 def _check_family(names: list[str], layers: int, config: dict, embedding: float) -> None:
     "Raises `ModelError` when not everything that writes to the stream is known."
     kind = config.get("model_type")
@@ -284,6 +303,74 @@ def _untie(stage: Path, entries: dict[str, dict]) -> None:
         raise ModelError("a snapshot of several files with tied embeddings; give embedding=0 to leave them alone")
     path = stage / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": False}, indent=2) + "\n")
+
+# %% ../../nbs/methods/20_abliteration.ipynb #b0bd29ef
+def write_lora(
+    policy: Any,                              # without adapters; fuse them first
+    direction: Any,                           # (D,) or (K, D); K becomes the rank
+    folder: str | Path,                       # where the adapter goes
+    attention: float | Sequence[float] = 1.0, # strengths as in `ablation`
+    mlp: float | Sequence[float] = 1.0,
+    layout: str = "peft",                     # or "mlx"
+) -> Path:
+    "The same as `write` with embedding=0, as an adapter for the unchanged model; raises `ModelError` for what it cannot hold."
+    layers = _check_writable(policy, direction)
+    ablation(direction, layers, 0, attention, mlp)  # raises when nothing would be taken out
+    strengths = {"embedding": 0.0, "attention": _strengths(attention, layers, "attention"), "mlp": _strengths(mlp, layers, "mlp")}
+    basis, tensors = Project(np.asarray(direction, np.float64), 0).arrays()[0], {}
+    with tempfile.TemporaryDirectory() as stage:
+        entries = {name: entry for file in _saved(policy, Path(stage)).values() for name, entry in file.items()}
+    _check_family(list(entries), layers, policy.config, 0.0)
+    for name, entry in entries.items():
+        strength, _ = _strength_of(name, strengths)
+        if strength and name.endswith(".bias"):
+            raise ModelError(f"{name} writes to the stream as well, and an adapter has no room for a bias; use write()")
+        if strength:
+            tensors[name.removesuffix(".weight")] = (basis @ _decode(name, entry), -strength * basis.T, None)
+    return write_adapter(folder, layout, LoRA(len(basis), float(len(basis)), targets=tuple(tensors)), tensors, policy.source)
+
+# %% ../../nbs/methods/20_abliteration.ipynb #82962264
+def _bump(trial: Any, name: str, layers: int) -> tuple[float, ...]:
+    "A strength for each layer: highest at one place, falling to 0 on both sides."
+    top, centre = trial.suggest_float(f"{name} height", 0.1, 1.5), trial.suggest_float(f"{name} place", 0, layers - 1)
+    width = trial.suggest_float(f"{name} width", 1, layers)
+    return tuple(top * max(0.0, 1 - abs(layer - centre) / width) for layer in range(layers))
+
+
+def search(
+    policy: Any,
+    direction: Any,             # (D,) or (K, D)
+    harmful: Sequence,          # validation prompts that no direction was found from
+    harmless: Sequence,
+    refusals: Sequence[str],    # what `refusal_odds` looks for
+    trials: int = 50,
+    max_kl: float = 0.1,        # most drift of the one chosen, nats per token
+    seed: int = 0,
+) -> tuple[dict[str, Any], list[dict]]:  # strengths for `ablation` or `write`, and all trials, least drift first
+    "Strengths by Optuna's TPE over refusal and drift; raises `BackendError` without Optuna, `ModelError` when none passes."
+    try:
+        import optuna
+    except ImportError as error:
+        raise BackendError("the search needs Optuna: pip install realign_core[search]") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    layers, rows = policy.sizes()[1], []
+
+    def measure(trial):
+        strengths = {"embedding": trial.suggest_float("embedding", 0, 1)}
+        strengths |= {name: _bump(trial, name, layers) for name in ("attention", "mlp")}
+        actions = ablation(direction, layers, **strengths)
+        with policy.intervene(*actions, check=False):
+            left = float(refusal_odds(policy, harmful, refusals).mean())
+        moved = drift(policy, harmless, actions).value
+        rows.append({"refusal left (log-odds)": left, "harmless KL (nats/token)": moved, **strengths})
+        return left, moved
+
+    optuna.create_study(directions=["minimize"] * 2, sampler=optuna.samplers.TPESampler(seed=seed)).optimize(measure, trials)
+    rows.sort(key=lambda row: row["harmless KL (nats/token)"])
+    if not (good := [row for row in rows if row["harmless KL (nats/token)"] <= max_kl]):
+        raise ModelError(f"none of {trials} trials has a KL of at most {max_kl}; the least is {rows[0]}")
+    best = min(good, key=lambda row: row["refusal left (log-odds)"])
+    return {name: best[name] for name in ("embedding", "attention", "mlp")}, rows
 
 # %% ../../nbs/methods/20_abliteration.ipynb #368c444a
 CLASSES = ("refused", "abstained", "right", "wrong", "unjudged")
@@ -325,8 +412,6 @@ def judged(
     max_tokens: int = 48,
 ) -> Judged:
     "Ask every question once, greedily."
-    from contextlib import nullcontext
-
     from realign_core.evaluate.metrics import ask
     with policy.intervene(*actions) if actions else nullcontext():
         texts = [a[0].text for a in ask(policy, [row["prompt"] for row in rows], max_tokens=max_tokens)]
