@@ -1,0 +1,224 @@
+"Calibration measures against hand-worked tables, plain loops and SciPy; what they refuse; the temperature's fit."
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from realign_core.errors import DataError
+from realign_core.evaluate import calibration as cal
+from realign_core.tinyworld import measure as tiny
+
+NAN = float("nan")
+
+
+def columns(n: int = 300, seed: int = 0, steps: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    "Confidences with many ties, from 0 to 1 inclusive, and outcomes that depend on them."
+    rng = np.random.default_rng(seed)
+    c = rng.integers(0, steps + 1, n) / steps
+    return c, (rng.random(n) < 0.2 + 0.5 * c).astype(float)
+
+
+# Against something independent
+
+@pytest.mark.parametrize("bins", [1, 2, 4, 8, 256])
+def test_ece_equals_a_loop_over_bins(bins):
+    c, h = columns(steps=32)  # bins and confidences are exact in binary, so that none is on the wrong side of an edge
+    total = 0.0
+    for b in range(bins):
+        inside = [i for i in range(len(c)) if b / bins <= c[i] < (b + 1) / bins or b == bins - 1 and c[i] == 1]
+        total += abs(sum(c[i] for i in inside) - sum(h[i] for i in inside)) / len(c)
+    assert cal.ece(c, h, bins) == pytest.approx(total, abs=1e-12) == pytest.approx(tiny.ece(c, h, bins), abs=1e-12)
+
+
+def test_bins_of_equal_mass_are_equal_and_never_part_ties():
+    c = np.random.default_rng(0).random(100)
+    assert np.bincount(cal.bin_of(c, 10, adaptive=True)).tolist() == [10] * 10
+    tied, _ = columns()
+    where = cal.bin_of(tied, 8, adaptive=True)
+    assert all(len(set(where[tied == value])) == 1 for value in set(tied))
+    assert set(where) == set(range(where.max() + 1)) and (np.diff(where[np.argsort(tied)]) >= 0).all()
+    order = np.random.default_rng(0).permutation(len(tied))
+    assert (cal.bin_of(tied[order], 8, adaptive=True) == where[order]).all()
+    assert cal.bin_of(np.full(5, 0.3), 4, adaptive=True).tolist() == [0] * 5
+
+
+def test_auroc_equals_all_pairs_and_scipy():
+    c, h = columns()
+    right, wrong = c[h == 1], c[h == 0]
+    pairs = (right[:, None] > wrong).mean() + 0.5 * (right[:, None] == wrong).mean()
+    assert cal.auroc(c, h) == pytest.approx(pairs, abs=1e-12)
+    stats = pytest.importorskip("scipy.stats")
+    u = stats.mannwhitneyu(right, wrong).statistic
+    assert cal.auroc(c, h) == pytest.approx(u / (len(right) * len(wrong)), abs=1e-12)
+
+
+def test_auroc_is_one_zero_or_a_half():
+    h = np.array([0, 1, 0, 1, 1])
+    assert cal.auroc(h * 0.5, h) == 1 and cal.auroc(1 - h, h) == 0 and cal.auroc(np.full(5, 0.7), h) == 0.5
+
+
+def test_aurc_is_the_mean_over_random_orders_of_ties():
+    c, h = columns(40, steps=4)
+    rng, found = np.random.default_rng(0), []
+    for _ in range(4000):
+        shuffled = rng.permutation(len(c))
+        order = shuffled[np.argsort(-c[shuffled], kind="stable")]
+        found.append((np.cumsum(1 - h[order]) / np.arange(1, len(c) + 1)).mean())
+    assert cal.aurc(c, h) == pytest.approx(np.mean(found), abs=4 * np.std(found) / 4000**0.5)
+    coverage, risk = cal.risk_coverage(c, h)
+    assert coverage[-1] == 1 and risk[-1] == pytest.approx(1 - h.mean())
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_brier_score_is_the_sum_of_its_terms(adaptive):
+    c, h = columns()
+    parts = cal.decomposition(c, h, 10, adaptive)
+    assert parts["brier"] == pytest.approx(np.mean([(a - b) ** 2 for a, b in zip(c, h, strict=True)]))
+    assert parts["brier"] == pytest.approx(parts["reliability"] - parts["resolution"] + parts["uncertainty"] + parts["within"])
+    alone = cal.decomposition(*columns(steps=5), bins=100)  # each bin holds one confidence
+    assert alone["within"] == pytest.approx(0, abs=1e-12)
+
+
+def test_a_reliability_diagram_has_all_answers():
+    c, h = columns()
+    diagram = cal.reliability(c, h)
+    assert diagram.counts.sum() == len(c)
+    assert diagram.counts @ diagram.confidence == pytest.approx(c.sum())
+    assert sum(k * a.value for k, a in zip(diagram.counts, diagram.accuracy, strict=True)) == pytest.approx(h.sum())
+    gap = diagram.counts / len(c) @ np.abs(diagram.confidence - [a.value for a in diagram.accuracy])
+    assert gap == pytest.approx(cal.ece(c, h))
+
+
+# Intervals
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    levels, rng, hits = np.arange(0.05, 1, 0.1), np.random.default_rng(0), 0
+    for _ in range(100):
+        pick = rng.integers(0, 10, 400)
+        c, h = levels[pick], (rng.random(400) < 0.5 + 0.4 * (levels[pick] - 0.5)).astype(float)
+        hits += not cal.interval(cal.ece, c, h, draws=150).excludes(0.15)
+    assert hits >= 80
+
+
+def test_the_floor_is_what_calibrated_answers_show():
+    c = columns(400)[0]
+    rng = np.random.default_rng(3)
+    found = [cal.ece(c, rng.random(400) < c) for _ in range(300)]
+    assert cal.floor(c).value == pytest.approx(np.mean(found), abs=0.003)
+    assert cal.floor(np.repeat(c, 16)).value < 0.4 * cal.floor(c).value  # about a quarter, with sixteen times as many
+    calibrated = cal.interval(cal.ece, c, (np.random.default_rng(4).random(400) < c).astype(float))
+    assert calibrated.low == 0
+
+
+def test_a_change_pairs_the_questions():
+    c, h = columns()
+    assert cal.change(cal.auroc, (c, h), (c, h)).high == 0 == cal.change(cal.ece, (c, h), (c, h)).low
+    better = cal.change(cal.brier, (np.ones(300), h), (np.full(300, h.mean()), h))
+    assert better.high < 0
+    with pytest.raises(DataError, match="not the same questions"):
+        cal.change(cal.ece, (c, h), (c[:-1], h[:-1]))
+
+
+def test_the_report_has_every_measure_and_bears_one_class():
+    c, h = columns()
+    made = cal.calibration(c, h, draws=50)
+    assert made.ece.value == cal.ece(c, h) and made.auroc.value == cal.auroc(c, h)
+    assert made.brier.value == pytest.approx(cal.brier(c, h))
+    assert "AUROC" in made._repr_markdown_() and "n = 300" in made._repr_markdown_()
+    assert cal.calibration(c, np.ones(300), draws=50).auroc is None
+
+
+# Temperature
+
+def test_the_temperature_is_the_best_of_a_grid():
+    rng = np.random.default_rng(0)
+    z = 3 * rng.normal(size=(300, 4))
+    y = np.array([rng.choice(4, p=p) for p in cal.scaled(z, 3.0)])
+    grid = np.exp(np.linspace(np.log(0.5), np.log(20), 2000))
+    nll = [-np.log(cal.scaled(z, t)[np.arange(300), y]).mean() for t in grid]
+    assert cal.fit_temperature(z, y) == pytest.approx(grid[int(np.argmin(nll))], rel=0.01)
+    shifted = z + rng.normal(size=(300, 1))  # a constant added to all candidates of a question says nothing
+    assert cal.fit_temperature(shifted, y) == pytest.approx(cal.fit_temperature(z, y), rel=1e-6)
+
+
+def test_one_confidence_is_two_candidates():
+    c, h = columns()
+    z = cal.log_odds(c)
+    assert cal.fit_temperature(z, h) == pytest.approx(cal.fit_temperature(np.stack([0 * z, z], 1), h))
+    assert np.allclose(cal.scaled(z, 1.7), cal.scaled(np.stack([0 * z, z], 1), 1.7)[:, 1])
+    assert np.allclose(cal.scaled(cal.log_odds(c), 1.0), np.clip(c, 1e-6, 1 - 1e-6))
+    assert cal.auroc(cal.scaled(z, 7.0), h) == cal.auroc(c, h) and cal.scaled([0.0], 9.0) == 0.5
+
+
+def test_a_temperature_beyond_the_range_is_its_end():
+    assert cal.fit_temperature([[5.0, 0.0]] * 4, [0, 0, 0, 0]) == pytest.approx(0.02)
+    assert cal.fit_temperature([[5.0, 0.0]] * 4, [1, 1, 1, 0]) == pytest.approx(50)
+    assert np.isfinite(cal.scaled([[1e6, -1e6]], 0.02)).all()
+
+
+# What is refused
+
+TWO = [cal.ece, cal.adaptive_ece, cal.brier, cal.decomposition, cal.auroc, cal.reliability, cal.risk_coverage, cal.aurc,
+       cal.calibration]
+
+
+@pytest.mark.parametrize("measure", TWO, ids=lambda m: m.__name__)
+@pytest.mark.parametrize(("confidence", "correct", "words"), [
+    ([0.5, 1.2], [1, 0], "row 2, field 'confidence': not a probability; found 1.2"),
+    ([-0.1, 0.2], [1, 0], "row 1, field 'confidence'"),
+    ([0.5, NAN], [1, 0], "row 2, field 'confidence': not a probability; found nan"),
+    ([0.5, float("inf")], [1, 0], "found inf"),
+    ([0.5, 0.5], [1, NAN], "row 2, field 'correct'"),
+    ([0.5, 0.5], [1, 2], "row 2, field 'correct'"),
+    ([0.5, 0.5], [1], "do not belong together"),
+    ([], [], "do not belong together"),
+    (0.5, 1, "do not belong together"),
+    ([[0.5]], [[1]], "do not belong together"),
+    (["high", "low"], [1, 0], "not numbers"),
+    ([0.5, None], [1, 0], "row 2, field 'confidence'"),
+])
+def test_columns_that_are_no_probabilities(measure, confidence, correct, words):
+    with pytest.raises(DataError, match=words):
+        measure(confidence, correct)
+
+
+@pytest.mark.parametrize("bins", [0, -1, 2.5, True, None])
+def test_bins_that_are_none(bins):
+    for measure in (cal.ece, cal.adaptive_ece, cal.reliability, cal.decomposition):
+        with pytest.raises(DataError, match="field 'bins'.*at least 1"):
+            measure([0.5, 0.6], [0, 1], bins)
+
+
+@pytest.mark.parametrize("correct", [[1, 1, 1], [0, 0, 0]])
+def test_one_class_has_no_auroc(correct):
+    with pytest.raises(DataError, match="all answers are of one class; found '[03] right of 3'"):
+        cal.auroc([0.2, 0.5, 0.9], correct)
+    with pytest.raises(DataError, match="one class"):
+        cal.interval(cal.auroc, [0.2, 0.5, 0.9], correct)
+
+
+def test_a_known_probability_is_no_class():
+    with pytest.raises(DataError, match="row 1, field 'correct': neither right nor wrong; found 0.7"):
+        cal.auroc([0.2, 0.5], [0.7, 1])
+    assert cal.ece([0.7, 0.7], [0.7, 0.7]) == 0
+
+
+@pytest.mark.parametrize(("logits", "label", "words"), [
+    ([[1.0, 2.0]], [2], "not the number of a candidate"),
+    ([[1.0, 2.0]], [-1], "not the number of a candidate"),
+    ([[1.0, 2.0]], [0, 1], "do not belong together"),
+    ([[1.0]], [0], "do not belong together"),
+    ([[1.0, NAN]], [0], "do not belong together"),
+    ([1.0, 2.0], [0, 0.5], "not the number of a candidate"),
+    ([], [], "do not belong together"),
+])
+def test_logits_that_cannot_be_scaled(logits, label, words):
+    with pytest.raises(DataError, match=words):
+        cal.fit_temperature(logits, label)
+
+
+@pytest.mark.parametrize("temperature", [0, -1, NAN, float("inf")])
+def test_temperatures_that_are_none(temperature):
+    with pytest.raises(DataError, match="not a temperature"):
+        cal.scaled([0.5], temperature)
