@@ -20,8 +20,8 @@ from ..errors import ModelError, OutputError
 from .policy import LoRA
 
 # %% auto #0
-__all__ = ['Tensors', 'CONFIG', 'WEIGHTS', 'staged_folder', 'write_adapter', 'read_adapter', 'read_safetensors', 'read_score',
-           'convert_adapter']
+__all__ = ['Tensors', 'CONFIG', 'WEIGHTS', 'staged_folder', 'write_adapter', 'read_adapter', 'read_safetensors', 'decode_tensor',
+           'read_score', 'convert_adapter']
 
 # %% ../../nbs/engine/06_adapters.ipynb #2871d249
 Tensors = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray | None]]  # path -> A (r, in), B (out, r), m (out,) or None
@@ -188,11 +188,11 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
         entries = deserialize(Path(path).read_bytes())
     except SafetensorError as error:
         raise ValueError(str(error)) from error
-    return {name: _decode(name, entry) for name, entry in entries}
+    return {name: decode_tensor(name, entry) for name, entry in entries}
 
 
-def _decode(name: str, entry: dict) -> np.ndarray:
-    "One tensor as float32."
+def decode_tensor(name: str, entry: dict) -> np.ndarray:
+    "One entry of `safetensors.deserialize` as float32; raises ValueError for what is no float."
     if entry["dtype"] == "BF16":
         wide = np.frombuffer(entry["data"], dtype="<u2").astype(np.uint32) << 16
         return wide.view(np.float32).reshape(entry["shape"])

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.adapters import _decode, staged_folder, write_adapter
+from ..engine.adapters import decode_tensor, staged_folder, write_adapter
 from ..engine.batching import collate
 from ..engine.encoding import Encoder, Example
 from ..engine.encoding import Sequence as Tokens
@@ -235,7 +235,7 @@ def _edit(entries: dict[str, dict], direction: Any, strengths: dict[str, Any], p
     for name, entry in entries.items():
         strength, axis = _strength_of(name, strengths)
         if strength:
-            new = orthogonalise(_decode(name, entry), direction, axis, strength, preserve)
+            new = orthogonalise(decode_tensor(name, entry), direction, axis, strength, preserve)
             entries[name] = entry | {"data": _encode(new, entry["dtype"])}
 
 
@@ -326,7 +326,7 @@ def write_lora(
         if strength and name.endswith(".bias"):
             raise ModelError(f"{name} writes to the stream as well, and an adapter has no room for a bias; use write()")
         if strength:
-            tensors[name.removesuffix(".weight")] = (basis @ _decode(name, entry), -strength * basis.T, None)
+            tensors[name.removesuffix(".weight")] = (basis @ decode_tensor(name, entry), -strength * basis.T, None)
     return write_adapter(folder, layout, LoRA(len(basis), float(len(basis)), targets=tuple(tensors)), tensors, policy.source)
 
 # %% ../../nbs/methods/20_abliteration.ipynb #82962264
