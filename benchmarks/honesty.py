@@ -18,6 +18,7 @@ import platform
 import random
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +54,7 @@ def measured(policy, test: dict) -> dict:
 
 
 OPENINGS = ("The colour of the", "The home of the", "About the", "If you meet the")
-WORDINGS = 24  # of each fact, in tuning
+WORDINGS = 16  # of each fact, in tuning
 
 
 def reworded(rows: list[dict], questions: list[dict]) -> list[dict]:
@@ -64,7 +65,7 @@ def reworded(rows: list[dict], questions: list[dict]) -> list[dict]:
 def own_list(policy, questions: dict, seed: int) -> list[dict]:
     "Questions about names that the model lists by itself and that no other question is about, with the answers it gives."
     rng, tuned = random.Random(seed), {r["entity"] for r in questions["known"]}
-    names = [n for n in honesty.inventory(policy, OPENINGS, least=3, seed=seed) if n not in tuned]
+    names = [n for n in honesty.inventory(policy, OPENINGS, n=2000, least=3, seed=seed) if n not in tuned]
     cells = [(n, a) for n in names for a in honesty.opened(n, seed)]
     rows = honesty.about(cells, WORDINGS * len(cells), "train", rng)
     answers = ask(policy, [r["prompt"] for r in rows[:len(cells)]], max_tokens=32)
@@ -72,11 +73,11 @@ def own_list(policy, questions: dict, seed: int) -> list[dict]:
 
 
 def tuning_rows(policy, questions: dict, seed: int, probed: honesty.Probed, listed: bool = False, **how) -> list[dict]:
-    "Rows for R-Tuning: the probed questions, further wordings of them, and as many made-up names as there are facts."
+    "Rows for R-Tuning: the probed questions, further wordings of them, and 1.2 times as many made-up names."
     cells = len(probed.rows) // 2
     rows = honesty.refusal_rows(probed, **how)
     known = reworded(rows[:cells], questions["known"]) + (own_list(policy, questions, seed) if listed else [])
-    strange = honesty.tiny_questions(World(), n_tune=len(known), seed=seed)["made-up"]
+    strange = honesty.tiny_questions(World(), n_tune=round(1.2 * len(known)), seed=seed)["made-up"]
     return known + reworded(rows[cells:], strange)
 
 
@@ -103,35 +104,42 @@ def facts_to_learn(questions: dict, new: bool, seed: int) -> list[dict]:
     return [{"prompt": r["prompt"], "completion": f"It is {r['answer']}."} for r in rows]
 
 
-def learn(name: str, seed: int, steps: int = 250) -> dict:
-    "One method on one seed: settings, shares and seconds."
-    began, questions = time.perf_counter(), honesty.tiny_questions(World(), n_tune=280 * WORDINGS, seed=seed)
-    policy = load("tinyworld-instruct", "torch", seed=seed, threads=1)
-    common = {"held_out": 0, "batch_size": 32, "seed": seed, "progress": False}
+@cache
+def asked(seed: int) -> tuple[dict, honesty.Probed]:
+    "The questions of a seed, and what the shipped model answers to those that it is tuned on."
+    questions = honesty.tiny_questions(World(), n_tune=420 * WORDINGS, seed=seed)
     cells = len({(r["entity"], r["attribute"]) for r in questions["known"]})
-    probed = None
-    if name not in ("nothing", "new facts", "known facts"):
-        probed = honesty.probe(policy, questions["known"][:cells] + questions["made-up"][:cells], k=4, max_tokens=32, seed=seed)
+    policy = load("tinyworld-instruct", "torch", seed=seed, threads=1)
+    both = questions["known"][:cells] + questions["made-up"][:cells]
+    return questions, honesty.probe(policy, both, k=3, max_tokens=32, seed=seed)
+
+
+def learn(name: str, seed: int) -> dict:
+    "One method on one seed: shares and seconds."
+    questions, probed = asked(seed)
+    began, policy = time.perf_counter(), load("tinyworld-instruct", "torch", seed=seed, threads=1)
+    def train(rows, method="sft", steps=STEPS.get(name, 300), lr=LR, batch_size=32, **params):
+        fit(policy, get(method, **params), rows, steps=steps, lr=lr, batch_size=batch_size, held_out=0, seed=seed, progress=False)
     if name in HOW:
-        rows = tuning_rows(policy, questions, seed, probed, **HOW[name])
-        fit(policy, get("sft"), rows, steps=LONG if "list" in name else steps, lr=LR, **common)
+        train(tuning_rows(policy, questions, seed, probed, **HOW[name]))
     elif name == "shuffled labels":
-        fit(policy, get("sft"), shuffled(tuning_rows(policy, questions, seed, probed), seed), steps=steps, lr=LR, **common)
+        train(shuffled(tuning_rows(policy, questions, seed, probed), seed))
     elif name == "DPO":
-        policy.freeze_reference()
-        fit(policy, get("dpo", nll=1.0), pairs(questions, probed), steps=steps, lr=LR, **{**common, "batch_size": 16})
+        train(pairs(questions, probed), "dpo", batch_size=16, nll=1.0)
     elif name == "GRPO":
-        fit(policy, get("sft"), tuning_rows(policy, questions, seed, probed), steps=steps // 2, lr=LR, **common)
-        asked = questions["known"][:2000] + questions["made-up"][:2000]
-        fit(policy, get("grpo", reward=honesty.abstention_reward(), max_tokens=32), asked, steps=40, lr=2e-4, **common)
+        train(tuning_rows(policy, questions, seed, probed), steps=200)  # an answer that is never sampled cannot be rewarded
+        train(questions["known"][:2000] + questions["made-up"][:2000], "grpo", steps=40, lr=2e-4,
+              reward=honesty.abstention_reward(), max_tokens=32)
     elif name != "nothing":
-        fit(policy, get("sft"), facts_to_learn(questions, name == "new facts", seed), steps=steps, lr=LR, **common)
-    return {"method": name, "seed": seed, **measured(policy, questions), "seconds": time.perf_counter() - began}
+        train(facts_to_learn(questions, name == "new facts", seed))
+    return {"method": name, "seed": seed, "steps": STEPS.get(name, 300), **measured(policy, questions),
+            "seconds": time.perf_counter() - began}
 
 
-LR, LONG = 5e-4, 750
-HOW = {"R-Tuning": {"form": "suffix"}, "R-Tuning-R": {}, "R-Tuning-U": {"by": "entropy", "form": "suffix"},
-       "R-Tuning-R, own list": {"listed": True}}
+LR = 4e-4
+STEPS = {"nothing": 0, "R-Tuning-R": 1200, "R-Tuning-R, own list": 1200, "GRPO": 240}
+HOW = {"R-Tuning-R, own list": {"listed": True}, "R-Tuning-R": {}, "R-Tuning": {"form": "suffix"},
+       "R-Tuning-U": {"by": "entropy", "form": "suffix"}}
 METHODS = ("nothing", *HOW, "DPO", "GRPO", "shuffled labels", "new facts", "known facts")
 
 

@@ -59,7 +59,7 @@ def judge(
         return label
     return "wrong" if row["answer"] is None or _words(row["answer"]) not in _words(text) else "right"
 
-
+# %% ../../nbs/methods/23_honesty.ipynb #bf958fc1
 def said(row: dict, text: str) -> str:
     "What an answer claims, apart from how it is said; answers that claim the same are equal."
     if "kind" in row:
@@ -77,7 +77,7 @@ def _check_rows(rows: Sequence[dict]) -> None:
         if not isinstance(row, dict) or not row.get("prompt"):
             raise DataError("a question without text", row=number, field="prompt", found=row, wanted="text or messages")
 
-
+# %% ../../nbs/methods/23_honesty.ipynb #d893ec5d
 @dataclass(frozen=True)
 class Probed:
     "What a model answered to N questions: once greedily, and k times at random."
@@ -128,7 +128,7 @@ def _span(tokenizer: Any, ids: list[int], text: str) -> np.ndarray | None:  # (T
     ends = np.cumsum([len(p) for p in pieces])
     return None if start < 0 else (ends > start) & (ends - [len(p) for p in pieces] < start + len(text))
 
-
+# %% ../../nbs/methods/23_honesty.ipynb #31241502
 def familiarity(
     policy: Any,                 # a `Policy`
     rows: Sequence[dict],        # with `prompt`, and the name that it asks about
@@ -190,7 +190,7 @@ def unsure(
                         wanted="some that the model knows and some that it does not")
     return found
 
-
+# %% ../../nbs/methods/23_honesty.ipynb #5ad0008b
 def refusal_rows(
     probed: Probed,
     by: str = "right",              # see `unsure`
@@ -209,7 +209,7 @@ def refusal_rows(
         rows.append({"prompt": probed.rows[i]["prompt"], "completion": abstention if lost and form == "replace" else text})
     return rows
 
-
+# %% ../../nbs/methods/23_honesty.ipynb #51245a38
 def abstention_pairs(
     probed: Probed,
     by: str = "right",              # see `unsure`
@@ -239,7 +239,7 @@ def abstention_reward(
         return paid[judge(row, text)]
     return abstention
 
-
+# %% ../../nbs/methods/23_honesty.ipynb #bb295854
 def break_even(right: float = 1.0, abstain: float = 0.0, wrong: float = -1.0) -> float:
     "The chance of being right above which answering pays."
     return (abstain - wrong) / (right - wrong)
@@ -258,7 +258,7 @@ def scorecard(
             "precision": proportion(float(silent.sum()), total) if total else None,
             "recall": proportion(float(silent.sum()), len(silent))}
 
-
+# %% ../../nbs/methods/23_honesty.ipynb #506040ae
 def frontier(
     known: Sequence[float],     # (N,) scores of known questions, higher is surer
     unknown: Sequence[float],   # (M,) of unknown ones
@@ -289,13 +289,13 @@ def about(
         rows.append(row | ({"answer": e["facts"].get(attribute)} if "facts" in e else {}))
     return rows
 
-
+# %% ../../nbs/methods/23_honesty.ipynb #6e017ff4
 def opened(name: str, seed: int = 0) -> list[str]:
-    "The two attributes of a name that tuning may ask for; the other two are kept for the test."
+    "The three attributes of a name that tuning may ask for; the fourth is kept for the test."
     from realign_core.tinyworld.world import BENIGN
-    return random.Random(f"opened {seed} {name}").sample(BENIGN, 2)
+    return random.Random(f"opened {seed} {name}").sample(BENIGN, 3)
 
-
+# %% ../../nbs/methods/23_honesty.ipynb #09eb9201
 def tiny_questions(
     world: Any,              # a `World`
     n_tune: int = 1120,      # questions of each kind to tune on
