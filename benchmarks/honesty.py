@@ -111,7 +111,7 @@ def asked(seed: int) -> tuple[dict, honesty.Probed]:
     cells = len({(r["entity"], r["attribute"]) for r in questions["known"]})
     policy = load("tinyworld-instruct", "torch", seed=seed, threads=1)
     both = questions["known"][:cells] + questions["made-up"][:cells]
-    return questions, honesty.probe(policy, both, k=3, max_tokens=32, seed=seed)
+    return questions, honesty.probe(policy, both, k=2, max_tokens=32, seed=seed)
 
 
 def learn(name: str, seed: int) -> dict:
@@ -128,7 +128,7 @@ def learn(name: str, seed: int) -> dict:
         train(pairs(questions, probed), "dpo", batch_size=16, nll=1.0)
     elif name == "GRPO":
         train(tuning_rows(policy, questions, seed, probed), steps=200)  # an answer that is never sampled cannot be rewarded
-        train(questions["known"][:2000] + questions["made-up"][:2000], "grpo", steps=40, lr=2e-4,
+        train(questions["known"][:2000] + questions["made-up"][:2000], "grpo", steps=30, lr=2e-4,
               reward=honesty.abstention_reward(), max_tokens=32)
     elif name != "nothing":
         train(facts_to_learn(questions, name == "new facts", seed))
@@ -137,7 +137,7 @@ def learn(name: str, seed: int) -> dict:
 
 
 LR = 4e-4
-STEPS = {"nothing": 0, "R-Tuning-R": 1200, "R-Tuning-R, own list": 1200, "GRPO": 240}
+STEPS = {"nothing": 0, "R-Tuning-R": 1000, "R-Tuning-R, own list": 1000, "GRPO": 230, "new facts": 150, "known facts": 150}
 HOW = {"R-Tuning-R, own list": {"listed": True}, "R-Tuning-R": {}, "R-Tuning": {"form": "suffix"},
        "R-Tuning-U": {"by": "entropy", "form": "suffix"}}
 METHODS = ("nothing", *HOW, "DPO", "GRPO", "shuffled labels", "new facts", "known facts")
@@ -149,8 +149,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     args = parser.parse_args()
     kept = json.loads(FILE.read_text()) if FILE.is_file() else {"runs": []}
-    for name in args.only:
-        for seed in args.seeds:
+    for seed in args.seeds:
+        for name in args.only:
             run = learn(name, seed)
             print(json.dumps(run), flush=True)
             kept["runs"] = [r for r in kept["runs"] if (r["method"], r["seed"]) != (name, seed)] + [run]

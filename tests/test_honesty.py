@@ -88,6 +88,8 @@ def test_familiarity_is_the_likelihood_of_the_name_in_its_place(backend):
     batch = collate([Example((Tokens(ids, [at <= i < at + len(name) for i in range(len(ids))]),))])
     assert found[0] == pytest.approx(float(policy.score(batch).sum()), abs=1e-4)
     known = np.repeat([1.0, 0.0], [len(QUESTIONS["names"]), len(QUESTIONS["unknown"])])
+    moved = [{**row, "prompt": f"Tell me of the {row['entity']}."} for row in rows[:4]]
+    moved = [{**r, "prompt": f"Tell me of the {r['entity']}."} for r in rows[:4]]
     assert auroc(np.exp(found), known) > 0.9
     assert (found < 0).all()
 
@@ -168,6 +170,18 @@ def test_the_scorecard_counts_by_hand():
     assert hn.scorecard(Judged(np.array(["right"]), []), Judged(np.array(["wrong"]), []))["precision"] is None
 
 
+def test_wordings_of_one_question_are_one_observation():
+    hits, names = np.repeat([1, 0, 0, 0], 5), np.repeat(list("abcd"), 5)
+    found, each = hn.share_by_name(hits, names), hn.share_by_name(hits, np.arange(20))
+    assert found.value == each.value == 0.25 and (found.n, each.n) == (4, 20)
+    assert found.high - found.low > each.high - each.low
+    none = hn.share_by_name([0] * 20, names)
+    assert none.low == 0 and none.high > 0.4  # four names without a hit prove little
+    for bad in ((hits, names[:3]), ([], [])):
+        with pytest.raises(DataError, match="one name for each"):
+            hn.share_by_name(*bad)
+
+
 def test_the_frontier_is_the_roc_curve():
     rng = np.random.default_rng(0)
     known, unknown = rng.random(40).round(1), (rng.random(30) * 0.8).round(1)
@@ -204,6 +218,12 @@ def test_one_sample_agrees_with_itself(k):
 def test_a_name_that_is_not_in_its_question(row):
     with pytest.raises(DataError, match="row 1, field 'entity'"):
         hn.familiarity(load("tinyworld-instruct", "torch", threads=1), [row])
+
+
+def test_a_carrier_without_a_place_for_the_name():
+    policy = load("tinyworld-instruct", "torch", threads=1)
+    with pytest.raises(DataError, match="does not hold the name"):
+        hn.familiarity(policy, QUESTIONS["names"][:1], carrier="Tell me of it.")
 
 
 @pytest.mark.parametrize("labels", [("right",) * 3, ("wrong",) * 3])

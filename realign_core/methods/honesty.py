@@ -19,15 +19,15 @@ from ..engine.batching import collate
 from ..engine.encoding import Encoder, Example, token_texts
 from ..engine.encoding import Sequence as Tokens
 from ..errors import DataError, ReAlignError
-from ..evaluate.metrics import ask, proportion
+from ..evaluate.metrics import Interval, ask, bootstrap, proportion
 from . import abliteration
 from .abliteration import Judged
 from .registry import Card
 
 # %% auto #0
 __all__ = ['CARD', 'ABSTENTION', 'SURE', 'UNSURE', 'judge', 'said', 'Probed', 'probe', 'familiarity', 'inventory', 'unsure',
-           'refusal_rows', 'abstention_pairs', 'abstention_reward', 'break_even', 'scorecard', 'frontier', 'about',
-           'opened', 'tiny_questions']
+           'refusal_rows', 'abstention_pairs', 'abstention_reward', 'break_even', 'share_by_name', 'scorecard',
+           'frontier', 'about', 'opened', 'tiny_questions']
 
 # %% ../../nbs/methods/23_honesty.ipynb #1f10272c
 CARD = Card(
@@ -133,13 +133,14 @@ def familiarity(
     policy: Any,                 # a `Policy`
     rows: Sequence[dict],        # with `prompt`, and the name that it asks about
     name: str = "entity",        # the field that holds the name
+    carrier: str | None = None,  # one question to put all names into, such as "Tell me of the {name}."; None: each one's own
     batch_size: int = 64,        # prompts scored at once
 ) -> np.ndarray:                 # (N,) nats
-    "Log-probability of the name in its question: has the model read it before? Raises `DataError`."
+    "Log-probability of the name in a question: has the model read it before? Raises `DataError`."
     _check_rows(rows)
     encoder, made = Encoder(policy.tokenizer, policy.max_length, truncation="left"), []
     for number, row in enumerate(rows, 1):
-        ids = encoder.prompt(row["prompt"], answer=1)
+        ids = encoder.prompt(carrier.format(name=row.get(name)) if carrier else row["prompt"], answer=1)
         mask = _span(policy.tokenizer, ids, str(row[name])) if row.get(name) else None
         if mask is None:
             raise DataError("the question does not hold the name", row=number, field=name, found=row.get(name),
@@ -245,16 +246,32 @@ def break_even(right: float = 1.0, abstain: float = 0.0, wrong: float = -1.0) ->
     return (abstain - wrong) / (right - wrong)
 
 # %% ../../nbs/methods/23_honesty.ipynb #ea7e8bba
+def share_by_name(
+    hits: Sequence[bool],         # (N,) of each question
+    names: Sequence[str],         # (N,) what it asks about
+) -> Interval:                    # n is the number of names
+    "A share whose interval is over names: five wordings of one question are one observation; raises `DataError`."
+    if len(hits) != len(names) or not len(names):
+        raise DataError("not one name for each question", found=(len(hits), len(names)), wanted="equal numbers, at least one")
+    _, which = np.unique(np.asarray(names, str), return_inverse=True)
+    totals, counts = np.bincount(which, np.asarray(hits, float)), np.bincount(which)
+    if totals.sum() in (0, counts.sum()):  # resampling would call it certain
+        return proportion(len(counts) * float(totals.sum() > 0), len(counts))
+    return bootstrap(totals, counts, unit="%")
+
+# %% ../../nbs/methods/23_honesty.ipynb #09cd8a33
 def scorecard(
-    known: Judged,        # answers to questions that the model could answer before
-    unknown: Judged,      # to questions that nothing is right for
-    **more: Any,          # first columns of the row
-) -> dict:                # a line of a table, each share with Wilson's interval
+    known: Judged,                       # answers to questions that the model could answer before
+    unknown: Judged,                     # to questions that nothing is right for
+    names: Sequence[str] | None = None,  # what each known question asks about, where several ask about the same
+    **more: Any,                         # first columns of the row
+) -> dict:                               # a line of a table, each share with its interval
     "Made-up answers, false abstention, and abstention as a detector of the unknown, with its precision and recall."
     kept, silent = (np.isin(j.labels, ("abstained", "refused")) for j in (known, unknown))
+    def of_known(hits): return share_by_name(hits, names if names is not None else np.arange(len(hits)))
     total = int(kept.sum() + silent.sum())
-    return {**more, "made up": proportion(float((~silent).sum()), len(silent)),
-            "false abstention": proportion(float(kept.sum()), len(kept)), "known, right": known.share("right"),
+    return {**more, "made up": proportion(float((~silent).sum()), len(silent)), "false abstention": of_known(kept),
+            "known, right": of_known(known.labels == "right"),
             "precision": proportion(float(silent.sum()), total) if total else None,
             "recall": proportion(float(silent.sum()), len(silent))}
 
