@@ -55,7 +55,7 @@ def realign(plan: dict, turns: Turns) -> None:
     from realign_core.engine.policy import LoRA
     from realign_core.methods import grpo
     policy = load(plan["snapshot"], plan["backend"], lora=LoRA(**plan["lora"]), dtype="float32", threads=plan["threads"])
-    clock, seen = Clock(), []
+    clock, seen = Clock(), [[]]
     if plan["backend"] == "torch":
         from realign_core.engine import torch_policy
         torch_policy.prefill = clock.part("prompts", torch_policy.prefill)
@@ -64,7 +64,7 @@ def realign(plan: dict, turns: Turns) -> None:
     learn = clock.part("learning", policy.backward)
 
     def watched(batch, *args, **kwargs):
-        seen.append(list(batch.rows))
+        seen[-1] += batch.rows
         return learn(batch, *args, **kwargs)
     policy.backward = watched
     method = grpo.method(clock.part("reward", lambda row, answer: reward(answer, row["solution"])), n=plan["n"],
@@ -72,11 +72,12 @@ def realign(plan: dict, turns: Turns) -> None:
 
     def step(record: dict) -> None:
         if "loss" in record:
+            seen.append([])
             turns.done(record["loss"], reward=record["reward"], length=record["length"], parts=clock.read())
     turns.ready()
     fit(policy, method, plan["rows_file"], held_out=0, steps=plan["steps"], batch_size=plan["batch"], lr=plan["lr"], warmup=0,
         schedule="constant", max_norm=None, seed=plan["seed"], track=step, progress=False)
-    if [sorted(rows) for rows in seen] != [sorted(rows) for rows in plan["order"]]:
+    if [sorted(rows) for rows in seen[:-1]] != [sorted(rows) for rows in plan["order"]]:
         raise SystemExit("fit took other rows than planned, so the comparison would not be of the same work")
     turns.end()
 

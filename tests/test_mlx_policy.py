@@ -71,3 +71,52 @@ def test_close_lets_go_of_the_model(snapshot):
     policy = open_policy(snapshot(), lora=2)
     policy.close()
     assert policy._model is None
+
+
+@pytest.mark.skipif(mx.default_device().type == mx.gpu, reason="a GPU keeps MLX's own")
+def test_exponentials_by_numpy_are_mlxs_own_with_their_gradients():
+    from realign_core.engine import mlx_policy as own
+    x = mx.array(np.random.default_rng(0).normal(scale=20, size=(3, 7)).astype(np.float32))
+    x = mx.concatenate([x, mx.array([[-200.0, 200.0, 0.0, -88.0, 88.0, 1.0, -1.0]])])
+    for ours, theirs, at in ((own._cpu_exp, mx.exp, mx.minimum(x, 5)), (own._cpu_sigmoid, mx.sigmoid, x),
+                             (own._cpu_softmax, lambda x: mx.softmax(x, axis=-1), x)):
+        def slope(f, at=at): return np.array(mx.grad(lambda x: mx.sum(mx.square(f(x)) + f(x)))(at))
+        assert np.allclose(np.array(ours(at)), np.array(theirs(at)), rtol=2e-6, atol=1e-7)
+        assert np.isfinite(slope(ours)).all() and np.allclose(slope(ours), slope(theirs), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("heads", "shape"), [(4, (5, 9)), (4, (2, 1, 5, 9)), (2, (2, 1, 5, 9)), (1, (5, 9))])
+def test_attention_is_mlx_lms_for_any_grouping_and_mask(heads, shape):
+    from mlx_lm.models.base import scaled_dot_product_attention as plain
+
+    from realign_core.engine.mlx_policy import _attention
+    rng = np.random.default_rng(1)
+    q, k, v = (mx.array(rng.normal(size=s).astype(np.float32)) for s in ((2, 4, 5, 8), (2, heads, 9, 8), (2, heads, 9, 8)))
+    mask = mx.array(np.where(rng.random(shape) < 0.3, np.finfo(np.float32).min, 0).astype(np.float32))
+    for settings in (dict(mask=mask), dict(mask=None)):
+        found, wanted = (f(q, k, v, cache=None, scale=0.3, **settings) for f in (_attention, plain))
+        assert found.shape == wanted.shape and np.abs(np.array(found - wanted)).max() < 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16, 17])
+@pytest.mark.parametrize(("inputs", "outputs"), [(48, 128), (48, 100), (2048, 128)])
+def test_products_piece_by_piece_are_the_whole_product(rows, inputs, outputs):
+    from realign_core.engine.mlx_policy import _few_rows
+    rng = np.random.default_rng(2)
+    x, w = rng.normal(size=(1, rows, inputs)).astype(np.float32), rng.normal(size=(outputs, inputs)).astype(np.float32)
+    assert np.abs(np.array(_few_rows(mx.array(x), mx.array(w))) - x @ w.T).max() < 1e-3
+
+
+def test_writing_with_merged_adapters_changes_nothing_in_the_model(snapshot):
+    "And what is written has the log-probabilities that scoring gives it."
+    from toys import mean_loss
+
+    from realign_core.engine.policy import Batch, LoRA
+    policy = open_policy(snapshot(), lora=LoRA(rank=2))
+    policy.backward(make_batch(), mean_loss)
+    policy.step(3e-2)
+    before, state = policy.score(make_batch()), np.array(mx.random.state[0])
+    (completion,), = policy.generate([[5, 6, 7]], max_tokens=8)
+    assert (policy.score(make_batch()) == before).all() and (np.array(mx.random.state[0]) == state).all()
+    ids = np.array([[5, 6, 7, *completion.ids]], np.int32)
+    assert np.abs(policy.score(Batch(ids, np.arange(ids.shape[1])[None] > 2))[0, 3:] - completion.logps).max() < 1e-4

@@ -247,3 +247,20 @@ def test_micro_batches_give_the_same_step(backend):
     whole, cut = table(None), table(1)
     assert cut["loss"] == pytest.approx(whole["loss"], abs=1e-5)
     assert cut["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
+
+
+def test_many_answers_are_learned_from_in_parts_and_the_step_is_the_same(tmp_path):
+    "Where `fit` is not told how many, the policy says how many tokens it takes at once."
+    pytest.importorskip("torch")
+    found = []
+    for most in (None, 300):
+        policy, sizes = load("tinyworld-instruct", "torch", threads=1), []
+        policy.at_once, backward = most, policy.backward
+        policy.backward = lambda batch, *a, sizes=sizes, backward=backward: (sizes.append(batch.examples), backward(batch, *a))[1]
+        run = fit(policy, grpo.method(coin, n=4, max_tokens=12), ROWS, held_out=0, steps=1, batch_size=6, lr=1e-5, seed=3,
+                  progress=False)
+        found.append((sizes, run.history[-1]))
+    (whole, one), (parts, other) = found
+    assert whole == [6] and len(parts) > 1 and sum(parts) == 6 and max(parts) - min(parts[:-1]) <= 1
+    for name in ("grad_norm", "reward", "kl", "log_ratio"):
+        assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name

@@ -130,3 +130,47 @@ def test_what_a_packed_head_samples_is_what_is_scored(snapshot):
         row = np.array([[*prompt, *completion.ids]], np.int32)
         scored = policy.score(Batch(row, np.arange(row.shape[1])[None] >= len(prompt)))[0, len(prompt):]
         assert np.abs(scored - completion.logps).max() <= 1e-4
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_writing_with_merged_adapters_changes_nothing_in_the_model(snapshot, dora):
+    "And what is written has the log-probabilities that scoring gives it."
+    policy = open_policy(snapshot(), lora=LoRA(rank=2, dora=dora))
+    policy.backward(make_batch(), mean_loss)
+    policy.step(3e-2)
+    before = policy.score(make_batch())
+    (completion,), = policy.generate([[5, 6, 7]], max_tokens=8)
+    assert (policy.score(make_batch()) == before).all()
+    assert not any("forward" in vars(layer) for layer in policy._layers.values())
+    ids = np.array([[5, 6, 7, *completion.ids]], np.int32)
+    assert np.abs(policy.score(Batch(ids, np.arange(ids.shape[1])[None] > 2))[0, 3:] - completion.logps).max() < 1e-4
+
+
+def test_merging_is_left_where_the_copies_are_too_large_or_would_be_rounded(snapshot):
+    from realign_core.engine.torch_policy import merged
+    policy = open_policy(snapshot(), lora=LoRA(rank=2))
+    with merged(policy._layers):
+        assert all("forward" in vars(layer) for layer in policy._layers.values())
+    with merged(policy._layers, most=1):
+        assert not any("forward" in vars(layer) for layer in policy._layers.values())
+    with merged(open_policy(snapshot(), lora=LoRA(rank=2), dtype="bfloat16")._layers):
+        assert not any("forward" in vars(layer) for layer in policy._layers.values())
+
+
+def test_dropped_rows_leave_the_buffers_of_the_others_as_they_are():
+    from transformers.cache_utils import DynamicLayer
+
+    from realign_core.engine.torch_policy import append, select
+    ours, plain = DynamicLayer(), DynamicLayer()
+    for step, rows in enumerate([4, 4, 2, 2]):
+        new = torch.randn(rows, 2, 3, 5)
+        plain.update(new, new + 1)
+        if step:
+            append(ours, new, new + 1)
+        else:
+            ours.update(new, new + 1)
+        if step == 1:
+            keep = torch.tensor([0, 3])
+            select(ours, keep)
+            plain.batch_select_indices(keep)
+        assert torch.equal(ours.keys, plain.keys) and torch.equal(ours.values, plain.values)

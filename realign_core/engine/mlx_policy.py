@@ -5,8 +5,10 @@
 # %% ../../nbs/engine/04_mlx.ipynb #29ef39b8
 from __future__ import annotations
 
+import copy
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -29,7 +31,7 @@ from realign_core.engine.policy import (
 from ..errors import ModelError, TrainingError
 
 # %% auto #0
-__all__ = ['rope_settings', 'adamw', 'MLXPolicy', 'MLXReward', 'MLXValue']
+__all__ = ['PIECE', 'rope_settings', 'adamw', 'MLXPolicy', 'MLXReward', 'MLXValue']
 
 # %% ../../nbs/engine/04_mlx.ipynb #022262d5
 def rope_settings(
@@ -62,6 +64,9 @@ def _load_model(folder: Path, config: dict, dtype: str | None, reward: bool = Fa
         raise ModelError(f"{folder}: architecture {config.get('model_type')!r} is not a plain decoder; not supported on MLX")
     if config.get("model_type") == "gemma":
         _use_tanh_gelu(model)
+    if mx.default_device().type == mx.cpu:
+        _use_fast_exponentials(model)
+        _use_pieces(model)
     model.eval()
     return model
 
@@ -94,6 +99,89 @@ def _use_tanh_gelu(model: nn.Module) -> None:
 
     for layer in model.model.layers:
         layer.mlp.__class__ = TanhMLP
+
+# %% ../../nbs/engine/04_mlx.ipynb #48d01d41
+@mx.custom_function
+def _cpu_exp(x: mx.array) -> mx.array: # float32
+    "The exponential."
+    return mx.array(np.exp(np.asarray(x)))
+
+
+@mx.custom_function
+def _cpu_sigmoid(x: mx.array) -> mx.array: # float32
+    "1 / (1 + exp(-x))"
+    with np.errstate(over="ignore"):  # 1 / inf is the 0 that is wanted
+        return mx.array(1 / (1 + np.exp(-np.asarray(x))))
+
+
+@mx.custom_function
+def _cpu_softmax(x: mx.array) -> mx.array: # float32
+    "Softmax over the last axis."
+    values = np.asarray(x)
+    values = np.exp(values - values.max(-1, keepdims=True))
+    return mx.array(values / values.sum(-1, keepdims=True))
+
+
+_cpu_exp.vjp(lambda x, slope, y: slope * y)
+_cpu_sigmoid.vjp(lambda x, slope, y: slope * y * (1 - y))
+_cpu_softmax.vjp(lambda x, slope, y: y * (slope - mx.sum(slope * y, axis=-1, keepdims=True)))
+
+
+def _exp(x: mx.array) -> mx.array: # float32
+    "The exponential, by whoever is faster."
+    return mx.exp(x) if mx.default_device().type == mx.gpu else _cpu_exp(x)
+
+# %% ../../nbs/engine/04_mlx.ipynb #8ea980ff
+def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    "gate * sigmoid(gate) * x, as mlx-lm's families call it."
+    return gate * _cpu_sigmoid(gate) * x if gate.dtype == mx.float32 else nn.silu(gate) * x
+
+
+def _attention(queries: mx.array, keys: mx.array, values: mx.array, cache=None, scale=1.0, mask=None, **more) -> mx.array:
+    "Attention (B, H, L, d) as mlx-lm's families call it; with anything but our caches' masks, mlx-lm's own."
+    from mlx_lm.models.base import scaled_dot_product_attention
+    if more or not isinstance(mask, mx.array) or not queries.dtype == keys.dtype == mask.dtype == mx.float32:
+        return scaled_dot_product_attention(queries, keys, values, cache=cache, scale=scale, mask=mask, **more)
+    grouped = mx.unflatten(queries * scale, 1, (keys.shape[1], -1))  # (B, K, H / K, L, d)
+    scores = grouped @ keys[:, :, None].swapaxes(-1, -2) + (mask if mask.ndim == 2 else mask[:, :, None])
+    return (_cpu_softmax(scores) @ values[:, :, None]).flatten(1, 2)
+
+
+def _use_fast_exponentials(model: nn.Module) -> None:
+    "Let a model's family call the two functions above, in this process."
+    module = sys.modules[type(model.model).__module__]
+    for name, function in (("swiglu", _swiglu), ("scaled_dot_product_attention", _attention)):
+        if hasattr(module, name):
+            setattr(module, name, function)
+
+# %% ../../nbs/engine/04_mlx.ipynb #1607812a
+PIECE = 64  # outputs of a piece
+
+
+def _few_rows(x: mx.array, weight: mx.array) -> mx.array: # (…, K), (N, K) -> (…, N)
+    "The product with the transposed weight; for at most 16 rows piece by piece."
+    (outputs, inputs), rows = weight.shape, x.size // x.shape[-1]
+    if rows > 16 or outputs % PIECE or rows * PIECE * inputs > 10**6:
+        return x @ weight.T
+    pieces = weight.reshape(-1, PIECE, inputs).swapaxes(-1, -2)
+    return (x.reshape(1, rows, inputs) @ pieces).swapaxes(0, 1).reshape(*x.shape[:-1], outputs)
+
+
+class _Linear(nn.Linear):
+    def __call__(self, x):
+        found = _few_rows(x, self.weight)
+        return found + self.bias if "bias" in self else found
+
+
+class _Embedding(nn.Embedding):
+    def as_linear(self, x): return _few_rows(x, self.weight)
+
+
+def _use_pieces(model: nn.Module) -> None:
+    "Let every plain linear layer, and an embedding that is the output layer too, multiply few rows piece by piece."
+    for module in model.modules():
+        if type(module) in (nn.Linear, nn.Embedding):
+            module.__class__ = {nn.Linear: _Linear, nn.Embedding: _Embedding}[type(module)]
 
 # %% ../../nbs/engine/04_mlx.ipynb #62cc80f4
 def _sliding_window(config: dict) -> int | None:
@@ -139,7 +227,7 @@ def _as_mask(keep: mx.array, dtype: mx.Dtype) -> mx.array:
     "Booleans on a GPU; 0 and a very negative number on a CPU."
     if mx.default_device().type == mx.gpu:
         return keep
-    return mx.where(keep, mx.array(0, dtype), mx.array(mx.finfo(dtype).min, dtype))
+    return mx.logical_not(keep).astype(dtype) * mx.array(mx.finfo(dtype).min, dtype)  # `where` is slow there
 
 
 class _NoCache:
@@ -230,11 +318,6 @@ def _read_shared(model: nn.Module, shared: Shared, make_cache: Callable, prefixe
     return mx.concatenate([x.reshape(-1, x.shape[-1]) for x in hidden])[places]
 
 # %% ../../nbs/engine/04_mlx.ipynb #4f2f70b4
-def _exp(x: mx.array) -> mx.array:
-    "The exponential, by the faster of MLX's two roads."
-    return mx.exp(x) if mx.default_device().type == mx.gpu else mx.power(mx.array(math.e, mx.float32), x)
-
-
 def _log_normaliser(logits: mx.array) -> mx.array: # (N, V) float32 -> (N, 1)
     "log Σ exp over the last axis."
     top = mx.stop_gradient(mx.max(logits, axis=-1, keepdims=True))
@@ -685,8 +768,27 @@ class _Scoring(_Loaded):
         A completion stops at the model's window. Raises `ModelError` for a prompt that is empty or fills the window."""
         make_cache = partial(_Cache, dtype=self._dtype, window=self._window)
         watched = self._watched(partial(_decode, self._model, self._head, make_cache), len(prompts))
-        return complete(self, watched, prompts, n=n, max_tokens=max_tokens,
-                        temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size)
+        with self._merged():
+            return complete(self, watched, prompts, n=n, max_tokens=max_tokens,
+                            temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size)
+
+    @contextmanager
+    def _merged(self) -> Iterator[None]:
+        "Adapters and the layers under them act as one matrix, for the length of a block, where the copies stay small."
+        weights = [module.linear.weight for module in self._adapters.values()]
+        small = all(w.dtype == mx.float32 for w in weights) and sum(w.nbytes for w in weights) <= CHUNK_BYTES
+        if not weights or self.lora.dora or not small:
+            yield
+            return
+        merged = {name: copy.copy(module.linear) for name, module in self._adapters.items()}
+        for layer, module in zip(merged.values(), self._adapters.values(), strict=True):
+            layer.weight = layer.weight + (module.scale * module.lora_b.T) @ module.lora_a.T
+        mx.eval([layer.weight for layer in merged.values()])
+        _place(self._model, merged)
+        try:
+            yield
+        finally:
+            _place(self._model, self._adapters)
 
 # %% ../../nbs/engine/04_mlx.ipynb #ee21fe4c
 def _peft_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

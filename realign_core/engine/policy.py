@@ -257,6 +257,7 @@ class Written:
         self.lengths = np.zeros(len(limits), dtype=int)  # 0 while a row is running
         self.rows, self.step = np.arange(len(limits)), 0
         self.limits, self.stops, self.noise = limits, stops, noise
+        self.ends = np.array(sorted(stops), dtype=int)
         self.prompts, self.apart = np.arange(len(limits)), None  # number of each row's prompt; labels for `left_padded`
 
     @property
@@ -268,7 +269,7 @@ class Written:
         "Note one token for every row in the batch; returns the places in the batch that go on, none when all have ended."
         rows, t = self.rows, self.step
         self.ids[rows, t], self.logps[rows, t] = tokens, logps
-        ends = np.isin(tokens, list(self.stops)) | (t + 1 >= self.limits[rows])
+        ends = (tokens[:, None] == self.ends).any(axis=1) | (t + 1 >= self.limits[rows])
         self.lengths[rows] = np.where(ends & (self.lengths[rows] == 0), t + 1, self.lengths[rows])
         running = self.lengths[rows] == 0
         keep = np.flatnonzero(running) if running.mean() <= 0.75 else np.arange(len(rows))

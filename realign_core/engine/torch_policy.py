@@ -32,9 +32,9 @@ from realign_core.engine.policy import (
 
 # %% auto #0
 __all__ = ['ROOM', 'pick_device', 'own_random', 'load_model', 'target_states', 'Head', 'target_logps', 'frozen_head_logps',
-           'scatter', 'Reading', 'attend', 'shared_states', 'choose', 'nucleus', 'prefill', 'append', 'decode',
-           'adapted_layers', 'add_adapters', 'layer_parameters', 'write_layer', 'residual_stream', 'attached',
-           'Optimizer', 'check_scores', 'TorchPolicy', 'TorchReward', 'TorchValue']
+           'scatter', 'Reading', 'attend', 'shared_states', 'choose', 'nucleus', 'prefill', 'append', 'select', 'seen',
+           'merged', 'decode', 'adapted_layers', 'add_adapters', 'layer_parameters', 'write_layer', 'residual_stream',
+           'attached', 'Optimizer', 'check_scores', 'TorchPolicy', 'TorchReward', 'TorchValue']
 
 # %% ../../nbs/engine/03_torch.ipynb #cecdbe8c
 def pick_device() -> torch.device:
@@ -288,7 +288,7 @@ def prefill(
         cache.batch_select_indices(places)
     for layer in cache.layers:
         if type(layer) is DynamicLayer:  # one with a sliding window forgets, and is never long
-            layer.update = partial(append, layer)
+            layer.update, layer.batch_select_indices = partial(append, layer), partial(select, layer)
     return cache, attend[places], hidden[places]
 
 # %% ../../nbs/engine/03_torch.ipynb #3a205766
@@ -307,7 +307,7 @@ def append(
         held, spare = getattr(layer, name), getattr(layer, f"{name}_spare", None)
         rows, heads, length, width = held.shape
         end = length + new.shape[2]
-        if spare is None or spare.shape[0] != rows or spare.shape[2] < end:  # the first step, rows were dropped, no room left
+        if spare is None or spare.shape[2] < end:  # the first step, or no room left
             spare = held.new_empty(rows, heads, end + ROOM, width)
             spare[:, :, :length] = held
             setattr(layer, f"{name}_spare", spare)
@@ -315,7 +315,44 @@ def append(
         setattr(layer, name, spare[:, :, :end])
     return layer.keys, layer.values
 
+
+def select(layer: Any, rows: torch.Tensor) -> None: # (kept,) indices
+    "What `layer.batch_select_indices` does, so that the room that is left stays."
+    for name in ("keys", "values"):
+        held = getattr(layer, name)
+        spare = getattr(layer, f"{name}_spare", held)[rows]
+        setattr(layer, f"{name}_spare", spare)
+        setattr(layer, name, spare[:, :, :held.shape[2]])
+
 # %% ../../nbs/engine/03_torch.ipynb #e77205fd
+def seen(model: nn.Module, cache: Any, attend: torch.Tensor) -> torch.Tensor: # (R, L) -> (R, 1, 1, L) or the same
+    "The mask of one further token for each row, ready for the attention where every layer sees all."
+    from transformers.cache_utils import DynamicLayer
+    whole = all(type(layer) is DynamicLayer for layer in cache.layers)
+    return attend[:, None, None].bool() if whole and model.config._attn_implementation == "sdpa" else attend
+
+
+@contextmanager
+def merged(
+    layers: dict[str, nn.Module],      # path -> adapted layer
+    most: int = CHUNK_BYTES,           # bytes that the copies may take together
+) -> Iterator[None]:
+    "Adapters and the linear layers under them act as one matrix, for the length of a block; nothing in the model changes."
+    weights = [layer.base_layer.weight for layer in layers.values()]
+    plain = all(type(layer.base_layer) is nn.Linear and not layer.lora_magnitude_vector for layer in layers.values())
+    if not plain or any(w.dtype != torch.float32 for w in weights) or sum(4 * w.numel() for w in weights) > most:
+        yield
+        return
+    for layer, weight in zip(layers.values(), weights, strict=True):
+        whole = (weight + layer.get_delta_weight("default")).detach()
+        layer.forward = partial(F.linear, weight=whole, bias=layer.base_layer.bias)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            del layer.forward
+
+# %% ../../nbs/engine/03_torch.ipynb #d5a0cab7
 @torch.no_grad()
 def decode(
     model: nn.Module,
@@ -341,7 +378,7 @@ def decode(
             tokens, attend, positions = tokens[keep], attend[keep], positions[keep]
             cache.batch_select_indices(keep)
         attend = F.pad(attend, (0, 1), value=1)
-        hidden = model.base_model(input_ids=tokens[:, None], attention_mask=attend if padded else None,
+        hidden = model.base_model(input_ids=tokens[:, None], attention_mask=seen(model, cache, attend) if padded else None,
                                   position_ids=positions[:, None], past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
         positions = positions + 1
 
@@ -505,6 +542,7 @@ class Optimizer:
 class _Loaded(Intervening):
     "Model, tokenizer, adapters, reference."
     backend, reward = "torch", False
+    at_once: int | None  # tokens of answers that are learned from at once, where `fit` is not told; None: all of a step
 
     def __init__(self,
         folder: str | Path,                # a snapshot, as `find_snapshot` returns it
@@ -533,6 +571,7 @@ class _Loaded(Intervening):
             self._wrapper, self._layers = add_adapters(self.model, self.lora, seed, tensors)
         self._add_head(adapter)
         self.vocab = self.head.vocab
+        self.at_once = 1024 if self.device.type == "cpu" else None
         self.can_share, self.autocast = False, None
         check_scores(self)
         self.can_share = check_sharing(self, 1e-3 if self.model.dtype == torch.float32 else 0.25)
@@ -656,8 +695,9 @@ class _Scoring(_Loaded):
 
         A completion stops at the model's window. Raises `ModelError` for a prompt that is empty or fills the window."""
         watched = self._watched(partial(decode, self.model, self.head), len(prompts))
-        return complete(self, watched, prompts, n=n, max_tokens=max_tokens,
-                        temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size)
+        with merged(self._layers):
+            return complete(self, watched, prompts, n=n, max_tokens=max_tokens,
+                            temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size)
 
 # %% ../../nbs/engine/03_torch.ipynb #7a7b7b0e
 class _Learning(_Scoring):

@@ -563,12 +563,20 @@ def _examples(job: _Job, step: int) -> tuple[list[Example], dict[str, float]]:
     return groups, _means(sums)
 
 
+def _at_once(job: _Job, examples: list[Example]) -> int | None:
+    "Examples in a micro-batch of an online method, when nothing is said: parts of equal size that fit the policy's `at_once`."
+    most = getattr(job.policy, "at_once", None)
+    if not job.method.rollout or not most:
+        return None
+    return math.ceil(len(examples) / math.ceil(sum(len(x) for e in examples for x in e.sequences) / most))
+
+
 def _batches(job: _Job, examples: list[Example]) -> list[Batch]:
     "The micro-batches of a step, with everything that the objective reads; none when there is nothing to learn from."
     s, made = job.settings, []
     if not examples:
         return made
-    for part in micro_batches(examples, s.micro_batch):
+    for part in micro_batches(examples, s.micro_batch or _at_once(job, examples)):
         batch = pack(part, job.room, job.pad_id) if s.packing else collate(part, job.pad_id)
         extras = dict(batch.extras)
         if job.method.rollout and job.method.reference:
@@ -681,7 +689,7 @@ def fit(
     steps: int | None = None,          # optimiser steps
     epochs: float | None = None,       # passes over the data, when steps is not given; default 1
     batch_size: int | None = None,     # examples per step
-    micro_batch: int | None = None,    # examples per forward and backward pass; None: the whole batch
+    micro_batch: int | None = None,    # examples per forward and backward pass; None: the whole batch (see below for answers)
     lr: float | None = None,           # peak learning rate
     warmup: float = 0.1,               # share of the steps, or steps when 1 or more
     schedule: str = "cosine",          # or "linear", "constant"
