@@ -129,7 +129,7 @@ PLANNED = {e.name: e for e in (
         "answers are used with their confidence", "a constant confidence is calibrated and says nothing", "questions with their "
         "answers, apart from all training", "Damani et al. 2025, Beyond Binary Rewards, arXiv 2507.16806", purpose="uncertainty",
         hazard="an empty confidence", complexity="medium", compute="medium", stage=4, roles={"calibrate": 1}), trains=False),
-    Entry("honesty", "Anti-hallucination", "sft", _card(
+    Entry("honesty", "Anti-hallucination", "prompts", _card(
         "made-up answers cost more than missing ones", "it declines what it knows",
             "questions that the model was probed on: known "
         "and unknown", "Zhang et al. 2023, R-Tuning, arXiv 2311.09677", purpose="fewer made-up answers", hazard="over-refusal",
