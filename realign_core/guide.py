@@ -129,7 +129,7 @@ PLANNED = {e.name: e for e in (
         "answers are used with their confidence", "a constant confidence is calibrated and says nothing", "questions with their "
         "answers, apart from all training", "Damani et al. 2025, Beyond Binary Rewards, arXiv 2507.16806", purpose="uncertainty",
         hazard="an empty confidence", complexity="medium", compute="medium", stage=4, roles={"calibrate": 1}), trains=False),
-    Entry("honesty", "Anti-hallucination", "sft", _card(
+    Entry("honesty", "Anti-hallucination", "prompts", _card(
         "made-up answers cost more than missing ones", "it declines what it knows",
             "questions that the model was probed on: known "
         "and unknown", "Zhang et al. 2023, R-Tuning, arXiv 2311.09677", purpose="fewer made-up answers", hazard="over-refusal",
@@ -424,7 +424,7 @@ def records(entry: Entry) -> list[dict]:
 
 def measured(entry: Entry) -> tuple[str, ...]:
     "The effects of a method's own page, in words."
-    return tuple(f"{interval_text(r['effect'])}; {r['model']}, {r['backend']}, seed {r['seed']} ({r['file']})"
+    return tuple(f"effect {interval_text(r['effect'])}; {r['model']}, {r['backend']}, seed {r['seed']} ({r['file']})"
                  for r in records(entry) if r["effect"])
 
 # %% ../nbs/start/01_choose.ipynb #1f8d9ee5
@@ -621,9 +621,11 @@ def _range(card: Card, want: Want, size: float, text: bool) -> tuple[tuple[int, 
     key = next((k for k in [*keys, "any size", *card.rows] if k in card.rows), None)
     if key is None:
         return None, ""
-    low, high = card.rows[key]
-    many = f"{low:,}" if low == high else f"{low:,}–{high:,}"
-    return (low, high), f"{many}{' tokens' if text else ''} ({key})"
+    def said(case):
+        low, high = card.rows[case]
+        return f"{low:,}{f'–{high:,}' if high > low else ''}{' tokens' if text else ''} ({case})"
+    both = [key, "one task"] if key == "chat" and "one task" in card.rows else [key]  # 004 §5.2 counts them apart
+    return card.rows[key], "; ".join(map(said, both))
 
 
 def _step(want: Want, size: float, memory: str, reversible: str) -> Step:
@@ -644,7 +646,7 @@ def _step(want: Want, size: float, memory: str, reversible: str) -> Step:
         low, high = (hours(entry, size, n, adapters) for n in count)
         time = f"{_hours(low)} to {_hours(high)}" if high > 1.05 * low else f"about {_hours(low)}"
         time += f" an epoch at {FLOPS / 1e12:.0f} TFLOP/s"
-    others = tuple(f"{e.title} (`{e.name}`), when {e.card.use}" for e in rest)
+    others = tuple(f"{e.title} ({e.name}), when {e.card.use}" for e in rest)
     return Step(entry.name, entry.title, want.role, want.why, want.source, card.paper, card.use, card.risk, entry.format,
                 json.dumps(example(entry.format)), entry.page, _status(entry), measured(entry), want.make, others,
                 _commands(entry, want, adapters), rows, need, time)
@@ -875,7 +877,7 @@ function start(T, root) {
 }
 """
 _STYLE = """.realign-guide { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; color: inherit }
-.realign-guide label { display: grid; grid-template-columns: 22rem 1fr; gap: 1rem; margin: .3rem 0 }
+.realign-guide label { display: grid; grid-template-columns: 28rem 1fr; gap: 1rem; margin: .3rem 0; align-items: start }
 .realign-guide select { font: inherit; max-width: 100% } .realign-guide pre { white-space: pre-wrap; overflow-wrap: anywhere }
 @media (max-width: 45rem) { .realign-guide label { grid-template-columns: 1fr; gap: 0 } }"""
 
