@@ -78,7 +78,8 @@ def test_tidying_folds_solutions_adds_one_roadmap_and_settles(tmp_path):
 
 def test_a_figure_is_described_by_where_it_stands_and_what_its_axes_say():
     drawn = 'ax.plot(x, y, label="loss")\nax.set(xlabel="step", ylabel="nats", title="a \\"b\\"")'
-    cells = [*markdown("## The idea\n\nText."), code(drawn, True), code('#| fig-alt: "A drawing of the idea."\nplt.show()', True), code("plot(x)", True)]
+    described = '#| fig-alt: "A drawing of the idea."\nplt.show()'
+    cells = [*markdown("## The idea\n\nText."), *(code(source, True) for source in (drawn, described, "plot(x)"))]
     publish.describe_figures(cells)
     firsts = [publish.text_of(c).splitlines()[0] for c in cells[1:]]
     assert firsts[0].startswith('#| fig-alt: "Chart in the section The idea; vertical axis: nats; horizontal axis: step')
