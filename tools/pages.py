@@ -47,7 +47,7 @@ def roadmap(page: Notebook, top: Path, first: dict[str, Path]) -> str:
     links = [f"**{name}**" if name == room else f"[{name}]({way(first[name])})" for name in ROOMS if name in first]
     if room != "index":
         links.insert(0, f"[front page]({way(top / 'index.ipynb')})")
-    return f"![{said(room)}]({way(top / 'roadmap' / f'{room}.svg')})\n" + " · ".join(links)
+    return f"![{said(room)}]({way(top / 'roadmap' / f'{room}.svg')})\\\n" + " · ".join(links)
 
 
 def tidy(page: Notebook, top: Path, first: dict[str, Path]) -> str:

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from pages import MARK, made
+from publish import problems, publish
 
 from realign_core.cli import ROOMS, list_notebooks
 
@@ -78,20 +79,23 @@ def sidebar() -> str:
             rooms.append(room)
             lines += [f"      - section: {room.capitalize()}", "        contents:"]
         lines.append(f"          - {path}")
+    lines += ["      - text: Results", "        href: results.qmd", "      - text: The library", "        href: api.qmd"]
     return "\n".join(lines) + "\n"
 
 
-def pages() -> None:
-    "Take every notebook through nbdev's processing, into _proc/, with the configuration that Quarto needs."
+def pages() -> list[str]:
+    "Take every notebook through nbdev's processing into _proc/, finish it there, and return the holes of the site."
     import nbdev.serve
     from nbdev.quarto import refresh_quarto_yml
 
     nbdev.serve.FilterDefaults = processors(links=True)
     refresh_quarto_yml()  # writes nbdev.yml from settings.ini; leaves our _quarto.yml alone
-    made = nbdev.serve.proc_nbs(force=True, n_workers=0)
-    missing = [name for name in ("_quarto.yml", "nbdev.yml", "sidebar.yml", "styles.css") if not (made / name).is_file()]
-    if missing:
+    site = nbdev.serve.proc_nbs(force=True, n_workers=0)
+    needed = ("_quarto.yml", "nbdev.yml", "sidebar.yml", "styles.css", "references.bib")
+    if missing := [name for name in needed if not (site / name).is_file()]:
         raise SystemExit(f"tools/site.py: nbdev did not hand {', '.join(missing)} to the site")
+    publish(site, ROOT)
+    return problems(site, (site / "references.bib").read_text(encoding="utf-8"))
 
 
 def brought_up_to_date(path: Path, text: str, check: bool) -> list[str]:
@@ -118,8 +122,10 @@ def main() -> int:
     if stale:
         what = ", ".join(stale) if len(stale) < 9 else f"{len(stale)} files"
         print(f"{what}: {'out of date; run make site' if check else 'written'}")
-    pages()
-    return 1 if stale and check else 0
+    holes = pages()
+    for hole in holes:
+        print(hole)
+    return 1 if holes or stale and check else 0
 
 
 if __name__ == "__main__":
