@@ -157,6 +157,22 @@ def test_a_temperature_beyond_the_range_is_its_end():
     assert np.isfinite(cal.scaled([[1e6, -1e6]], 0.02)).all()
 
 
+def test_platt_scaling_is_the_best_of_its_neighbours():
+    rng = np.random.default_rng(0)
+    z = rng.normal(0, 2, 400)
+    y = (rng.random(400) < cal.scaled(0.6 * z - 1, 1.0)).astype(int)
+    target = np.where(y == 1, (y.sum() + 1) / (y.sum() + 2), 1 / (400 - y.sum() + 2))
+    def nll(a, b):
+        p = cal.scaled(a * z + b, 1.0)
+        return -(target * np.log(p) + (1 - target) * np.log1p(-p)).sum()
+    a, b = cal.fit_platt(z, y)
+    assert all(nll(a, b) < nll(a + i * 0.01, b + j * 0.01) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j)
+    assert all(np.isfinite(cal.fit_platt([3.0, 2.0, 9.0], [k, k, k])).all() for k in (0, 1))  # one class alone
+    for logits, label, words in (([1.0], [0, 1], "belong together"), ([NAN], [1], "belong together"), ([1.0], [0.5], "neither")):
+        with pytest.raises(DataError, match=words):
+            cal.fit_platt(logits, label)
+
+
 # What is refused
 
 TWO = [cal.ece, cal.adaptive_ece, cal.brier, cal.decomposition, cal.auroc, cal.reliability, cal.risk_coverage, cal.aurc,
