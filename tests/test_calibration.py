@@ -1,12 +1,19 @@
-"Calibration measures against hand-worked tables, plain loops and SciPy; what they refuse; the temperature's fit."
+"Calibration measures against hand-worked tables, plain loops and SciPy; what they refuse; temperatures; stated confidence."
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import pytest
+from conftest import BACKENDS
 
+from realign_core import fit, load
 from realign_core.errors import DataError
 from realign_core.evaluate import calibration as cal
+from realign_core.evaluate.metrics import ask
+from realign_core.methods import calibration as method
+from realign_core.methods import grpo
 from realign_core.tinyworld import measure as tiny
 
 NAN = float("nan")
@@ -157,6 +164,22 @@ def test_a_temperature_beyond_the_range_is_its_end():
     assert np.isfinite(cal.scaled([[1e6, -1e6]], 0.02)).all()
 
 
+def test_platt_scaling_is_the_best_of_its_neighbours():
+    rng = np.random.default_rng(0)
+    z = rng.normal(0, 2, 400)
+    y = (rng.random(400) < cal.scaled(0.6 * z - 1, 1.0)).astype(int)
+    target = np.where(y == 1, (y.sum() + 1) / (y.sum() + 2), 1 / (400 - y.sum() + 2))
+    def nll(a, b):
+        p = cal.scaled(a * z + b, 1.0)
+        return -(target * np.log(p) + (1 - target) * np.log1p(-p)).sum()
+    a, b = cal.fit_platt(z, y)
+    assert all(nll(a, b) < nll(a + i * 0.01, b + j * 0.01) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j)
+    assert all(np.isfinite(cal.fit_platt([3.0, 2.0, 9.0], [k, k, k])).all() for k in (0, 1))  # one class alone
+    for logits, label, words in (([1.0], [0, 1], "belong together"), ([NAN], [1], "belong together"), ([1.0], [0.5], "neither")):
+        with pytest.raises(DataError, match=words):
+            cal.fit_platt(logits, label)
+
+
 # What is refused
 
 TWO = [cal.ece, cal.adaptive_ece, cal.brier, cal.decomposition, cal.auroc, cal.reliability, cal.risk_coverage, cal.aurc,
@@ -222,3 +245,88 @@ def test_logits_that_cannot_be_scaled(logits, label, words):
 def test_temperatures_that_are_none(temperature):
     with pytest.raises(DataError, match="not a temperature"):
         cal.scaled([0.5], temperature)
+
+
+# The method: stated confidence and its reward
+
+def test_numbers_are_said_and_read():
+    for value in np.linspace(0, 1, 11):
+        assert method.stated(method.say(value)) == pytest.approx(value)
+    assert method.say(0.25, 0.05) == "25%" and method.say(0.96) == "100%"
+    assert method.stated("It is 30%, or rather 45%.") == pytest.approx(0.45) and method.stated("99.5%") == pytest.approx(0.995)
+    for text in ("", "sure", "150%", "70", "x * 3 %5", "7%x"):
+        assert method.stated(text) is None
+    for value in (-0.1, 1.1, NAN):
+        with pytest.raises(DataError, match="not a probability"):
+            method.say(value)
+
+
+def test_the_reward_is_proper_and_pays_for_being_right():
+    reward, levels = method.RLCR(), np.arange(0, 101)
+    for p in (0.0, 0.13, 0.5, 0.87, 1.0):
+        mean = [p * reward({"correct": 1}, f"{k}%") + (1 - p) * reward({"correct": 0}, f"{k}%") for k in levels]
+        assert levels[int(np.argmax(mean))] == round(100 * p) and max(mean) == pytest.approx(p * p)
+    assert reward({"correct": 1}, "?") == 0 == reward({"correct": 1}, "0%") and reward({"correct": 0}, "?") == -1
+    judged = method.RLCR(judge=lambda row, text: row["solution"] in text)
+    assert judged({"solution": "62"}, "It is 62. 90%") == pytest.approx(0.99)
+
+
+@pytest.mark.parametrize("row", [{}, {"correct": None}, {"correct": 0.5}, {"correct": "yes"}])
+def test_a_row_that_does_not_say_whether_it_was_right(row):
+    with pytest.raises(DataError, match="field 'correct'.*wanted 0 or 1"):
+        method.RLCR()(row, "70%")
+
+
+def test_agreement_and_bins():
+    shares = method.agreement([["a", "a", "a"], ["a", "b", "c"], ["a", "a", "b"]])
+    assert np.allclose(shares, [[1, 1, 1], [0, 0, 0], [0.5, 0.5, 0]])
+    correct = np.array([[1, 1, 1], [0, 0, 1], [1, 1, 0]])
+    found = method.binned(shares, correct, bins=3)
+    assert np.allclose(found, [[1, 1, 1], [0.25] * 3, [1, 1, 0.25]])
+    apart = method.binned(shares, correct, ["x", "x", "y"], bins=3)
+    assert np.allclose(apart, [[1, 1, 1], [1 / 3] * 3, [1, 1, 0]])
+    assert apart.mean() == pytest.approx(correct.mean())  # counting loses nothing on average
+    for readings in ([], [["a"]], [["a", "b"], ["a"]]):
+        with pytest.raises(DataError, match="agreement needs siblings"):
+            method.agreement(readings)
+    for signal, right, groups in ((shares, correct[:2], None), (shares[0], correct[0], None), (shares, correct, ["x"])):
+        with pytest.raises(DataError, match="do not belong together"):
+            method.binned(signal, right, groups)
+
+
+def test_a_second_turn_follows_the_first():
+    assert [m["role"] for m in method.second_turn("Why?", "So.")] == ["user", "assistant", "user"]
+    longer = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    assert [m["content"] for m in method.second_turn(longer, "So.", ask="How sure?")] == ["Be brief.", "Why?", "So.", "How sure?"]
+
+
+@pytest.fixture(scope="module", params=[b for b in BACKENDS if importlib.util.find_spec(b)])
+def policy(request):
+    return load("tinyworld-instruct", request.param)
+
+
+def test_the_probability_of_the_words_is_that_of_their_tokens(policy):
+    question = "What is the colour of the morven?"
+    completion = ask(policy, [question], temperature=1.0, seed=3)[0][0]
+    pieces = [policy.tokenizer.decode([i]) for i in completion.ids]
+    place = max(range(len(pieces)), key=lambda i: len(pieces[i].strip()))
+    word = pieces[place].strip()
+    found = method.word_probability(completion, word, policy.tokenizer)
+    last = max(i for i, piece in enumerate(pieces) if piece.strip() == word)
+    assert found == pytest.approx(float(np.exp(completion.logps[last])), rel=1e-5)
+    assert method.word_probability(completion, "nowhere", policy.tokenizer) == 0.5
+    assert method.word_probability(completion, None, policy.tokenizer) == 0.5
+
+
+def test_who_was_never_taught_states_nothing(policy):
+    found = method.confidences(policy, ["What is 12 + 30?"] * 2, ["It is 42.", "It is 5."])
+    assert found.shape == (2,) and np.isnan(found).all()
+    with pytest.raises(DataError, match="not an answer to each question"):
+        method.confidences(policy, ["Why?"], [])
+
+
+def test_rlcr_trains_on_both_frameworks(policy):
+    rows = [{"prompt": method.second_turn(f"What is {a} + 30?", "It is 42."), "correct": int(a == 12)} for a in range(10, 18)]
+    paid = grpo.method(method.RLCR(), kind="dr_grpo", n=2, max_tokens=4, beta=0.0)
+    run = fit(load("tinyworld-instruct", policy.backend), paid, rows, steps=1, batch_size=4, held_out=0, progress=False)
+    assert -1 <= next(r for r in run.history if "loss" in r)["reward"] <= 0  # nothing is stated yet

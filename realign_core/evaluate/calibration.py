@@ -17,7 +17,8 @@ from ..notebook import Rows
 
 # %% auto #0
 __all__ = ['bin_of', 'ece', 'adaptive_ece', 'floor', 'interval', 'change', 'Reliability', 'reliability', 'brier', 'decomposition',
-           'auroc', 'risk_coverage', 'aurc', 'Calibration', 'calibration', 'log_odds', 'scaled', 'fit_temperature']
+           'auroc', 'risk_coverage', 'aurc', 'Calibration', 'calibration', 'log_odds', 'scaled', 'fit_temperature',
+           'fit_platt']
 
 # %% ../../nbs/evaluate/07_calibration.ipynb #edbcd34b
 def _columns(confidence: Any, correct: Any, binary: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -310,3 +311,21 @@ def fit_temperature(
         slope = ((scaled(z, np.exp(-middle)) * z).sum(axis=1) - chosen).mean()  # of the loss, in 1 / T
         low, high = (low, middle) if slope > 0 else (middle, high)
     return float(np.exp(-(low + high) / 2))
+
+# %% ../../nbs/evaluate/07_calibration.ipynb #ad1ac67d
+def fit_platt(
+    logits: Sequence[float],      # (N,) log-odds of answers
+    label: Sequence[int],         # (N,) 0 or 1, whether each was right
+) -> tuple[float, float]:         # slope a and offset b of sigmoid(a z + b)
+    "Logistic regression on one number by Newton's method, with Platt's targets (Platt 1999, §2.2); raises `DataError`."
+    _, y = _columns(label, label, binary=True)
+    z = np.asarray(logits, dtype=np.float64)
+    if z.shape != y.shape or not np.isfinite(z).all():
+        raise DataError("logits and labels do not belong together", found=(z.shape, y.shape), wanted="finite (N,) and (N,)")
+    x, right = np.stack([z, np.ones_like(z)], axis=1), y.sum()
+    target = np.where(y == 1, (right + 1) / (right + 2), 1 / (len(y) - right + 2))
+    w = np.array([0.0, np.log((right + 1) / (len(y) - right + 1))])
+    for _ in range(50):
+        p = scaled(x @ w, 1.0)
+        w = w - np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + 1e-6 * np.eye(2), x.T @ (p - target))
+    return float(w[0]), float(w[1])
