@@ -208,7 +208,7 @@ def test_gguf_package_reads_ours_and_we_read_its(tmp_path):
         getattr(writer, step)()
     back = st.read_vector(tmp_path / "theirs.gguf")
     assert all((back.vectors[p] == v).all() for p, v in vector.vectors.items())
-    assert (back.kind, back.model, back.layers) == ("llama", "", 3)
+    assert (back.kind, back.model, back.layers) == ("llama", "", 0)
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "gguf"])
@@ -262,7 +262,9 @@ def test_a_vector_refuses_another_model(snapshot, open_policy):
         with pytest.raises(ModelError, match=match):
             made(**{"width": 32, "layers": 2, "points": (1,)} | about | changed).on(policy)
     made(32, 2, (1,), **about).on(policy)
-    made(32, 2, (1,), model="", kind="llama").on(policy)  # a file of llama.cpp's own knows no name
+    unnamed = made(32, 0, (1,), model="", kind="llama")  # a file of llama.cpp's own knows no name and no layers
+    unnamed.on(policy)
+    assert list((unnamed + made(32, 2, (2,), **about)).vectors) == [1, 2]
 
 
 @pytest.mark.parametrize("wrong", [{}, {4: np.ones(3)}, {-1: np.ones(3)}, {1: np.ones((2, 3))}, {1: np.ones(3), 2: np.ones(4)},

@@ -56,7 +56,7 @@ def answer_states(
     found = np.concatenate(parts, axis=1)
     return found[:, 0::2], found[:, 1::2]
 
-
+# %% ../../nbs/methods/21_steering.ipynb #f6147582
 def split(
     states: np.ndarray,          # (..., N, D)
     labels: Sequence,            # (N,) truthy: has the property
@@ -113,8 +113,8 @@ def agreement(
 class SteeringVector:
     "What a dose of 1 adds to the residual stream of one model."
     vectors: dict[int, np.ndarray] = field(repr=False)  # point of the stream -> (D,) float32
-    layers: int               # of the model
-    model: str                # its name, without folders
+    layers: int               # of the model; 0 when a file does not say
+    model: str                # its name, without folders; empty when a file does not say
     kind: str                 # its model type, such as "llama"
     method: str = "mean"
 
@@ -122,8 +122,9 @@ class SteeringVector:
         vectors = {int(point): np.asarray(v, np.float32) for point, v in sorted(self.vectors.items())}
         if not vectors or any(v.ndim != 1 or v.shape != next(iter(vectors.values())).shape for v in vectors.values()):
             raise ModelError(f"a steering vector of shapes {[v.shape for v in vectors.values()]}; wanted (D,) at each point")
-        if not all(0 <= point <= self.layers for point in vectors) or not all(np.isfinite(v).all() for v in vectors.values()):
-            raise ModelError(f"points {list(vectors)} in {self.layers} layers; wanted 0 to {self.layers}, and finite numbers")
+        last = self.layers or max(vectors)
+        if not all(0 <= point <= last for point in vectors) or not all(np.isfinite(v).all() for v in vectors.values()):
+            raise ModelError(f"points {list(vectors)} in {self.layers} layers; wanted 0 to {last}, and finite numbers")
         object.__setattr__(self, "vectors", vectors)
 
     @property
@@ -159,13 +160,14 @@ def _name(policy: Any) -> str:
 
 
 def _same(vector: SteeringVector, model: str, kind: str, layers: int, width: int) -> None:
-    "Raises `ModelError` when a vector belongs elsewhere; a name that a file does not tell is taken on trust."
-    made = {"width": vector.width, "layers": vector.layers, "model type": vector.kind, "model": vector.model}
-    here = {"width": width, "layers": layers, "model type": kind, "model": model}
-    if wrong := [what for what in made if made[what] and made[what] != here[what]]:
-        raise ModelError(f"the steering vector was made for {wrong[0]} {made[wrong[0]]!r}, this is {here[wrong[0]]!r}")
+    "Raises `ModelError` when a vector belongs elsewhere; what a file does not tell is taken on trust."
+    found = {"width": (vector.width, width), "layers": (vector.layers, layers), "model type": (vector.kind, kind),
+             "model": (vector.model, model)}
+    for what, (made, here) in found.items():
+        if made and here and made != here:
+            raise ModelError(f"the steering vector was made for {what} {made!r}, this is {here!r}")
 
-
+# %% ../../nbs/methods/21_steering.ipynb #7d6bac28
 def vector(
     policy: Any,                          # a `Policy`
     pairs: Sequence,                      # `Preference` rows, see `answer_states`
@@ -196,7 +198,7 @@ def propensity(
     totals, _ = likelihood(policy, pairs, encode)
     return totals[:, 0] - totals[:, 1]
 
-
+# %% ../../nbs/methods/21_steering.ipynb #1b6a4a2d
 def steerability(
     policy: Any,
     steering: SteeringVector,
@@ -294,7 +296,7 @@ def save_vector(
                       metadata={**about, "layers": str(steering.layers)})
     return path
 
-
+# %% ../../nbs/methods/21_steering.ipynb #4a27ee24
 def read_vector(
     path: str | Path,
 ) -> SteeringVector:
@@ -303,8 +305,8 @@ def read_vector(
     try:
         about, arrays = _read_gguf(path.read_bytes()) if path.suffix == ".gguf" else _read_tensors(path)
         vectors = {int(name.removeprefix("point.")): array for name, array in arrays.items()}
-        layers = int(about.get("layers") or max(vectors))
-        return SteeringVector(vectors, layers, *(str(about.get(key, "")) for key in ("model", "kind", "method")))
+        names = [str(about.get(key, "")) for key in ("model", "kind", "method")]
+        return SteeringVector(vectors, int(about.get("layers", 0)), *names)
     except (OSError, ValueError) as error:  # `ModelError` is a ValueError, too
         raise ModelError(f"{path.name}: not a steering vector ({getattr(error, 'strerror', None) or error})") from error
 
@@ -340,7 +342,7 @@ def _gguf(about: dict[str, str | int], arrays: dict[str, np.ndarray]) -> bytes:
         data += bytes(-len(data) % _ALIGN)
     return out + bytes(-len(out) % _ALIGN) + data
 
-
+# %% ../../nbs/methods/21_steering.ipynb #689a4ad1
 class _Bytes:
     "Reads from the front; raises ValueError at the end."
 
