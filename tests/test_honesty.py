@@ -89,7 +89,8 @@ def test_familiarity_is_the_likelihood_of_the_name_in_its_place(backend):
     assert found[0] == pytest.approx(float(policy.score(batch).sum()), abs=1e-4)
     known = np.repeat([1.0, 0.0], [len(QUESTIONS["names"]), len(QUESTIONS["unknown"])])
     moved = [{**row, "prompt": f"Tell me of the {row['entity']}."} for row in rows[:4]]
-    moved = [{**r, "prompt": f"Tell me of the {r['entity']}."} for r in rows[:4]]
+    there = hn.familiarity(policy, rows[:4], carrier="Tell me of the {name}.")
+    assert np.allclose(there, hn.familiarity(policy, moved), atol=1e-5)
     assert auroc(np.exp(found), known) > 0.9
     assert (found < 0).all()
 
@@ -116,6 +117,7 @@ def test_rows_of_the_variants():
     assert [r["completion"] for r in hn.refusal_rows(one)] == ["own 0", hn.ABSTENTION, hn.ABSTENTION]
     assert [r["completion"] for r in hn.refusal_rows(one, form="suffix")] == [
         f"own 0 {hn.SURE}", f"own 1 {hn.UNSURE}", f"own 2 {hn.UNSURE}"]
+    assert hn.refusal_rows(one, greedy=True)[0]["completion"] == "greedy 0"
     by_entropy = hn.refusal_rows(one, by="entropy", share=0.34, abstention="Who knows?")
     assert [r["completion"] == "Who knows?" for r in by_entropy] == [False, True, False]
     assert [r["prompt"] for r in by_entropy] == ["Question 0?", "Question 1?", "Question 2?"]

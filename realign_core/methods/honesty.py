@@ -90,9 +90,10 @@ class Probed:
     agreement: np.ndarray = field(repr=False)       # (N,) share of the samples that claim what the greedy answer claims
     entropy: np.ndarray = field(repr=False)         # (N,) of the samples' claims, nats; 0 when all claim the same
 
-    def own(self, i: int, label: str) -> str:
-        "An answer of the model's own to question `i` that was judged so: sampled if there is one, so that its style stays."
-        return next((t for t, found in zip(self.samples[i], self.sampled[i], strict=True) if found == label), self.texts[i])
+    def own(self, i: int, label: str, greedy: bool = False) -> str:
+        "An answer of the model's own to question `i`: the greedy one, or the first sample that was judged so, if there is one."
+        fitting = () if greedy else zip(self.samples[i], self.sampled[i], strict=True)
+        return next((text for text, found in fitting if found == label), self.texts[i])
 
 # %% ../../nbs/methods/23_honesty.ipynb #a054160f
 def probe(
@@ -197,6 +198,7 @@ def refusal_rows(
     by: str = "right",              # see `unsure`
     form: str = "replace",          # "replace": abstain in place of the answer; "suffix": say behind it how sure it is
     share: float = 0.5,             # see `unsure`
+    greedy: bool = False,           # keep the greedy answers; False: sampled ones, in all the styles that it has
     abstention: str = ABSTENTION,
 ) -> list[dict]:                    # `prompt` and `completion`
     "Rows for SFT: R-Tuning is right + suffix, R-Tuning-R right + replace, R-Tuning-U entropy + suffix (arXiv 2311.09677)."
@@ -204,7 +206,7 @@ def refusal_rows(
         raise ReAlignError(f"form={form!r}; wanted 'replace' or 'suffix'")
     rows = []
     for i, lost in enumerate(unsure(probed, by, share)):
-        text = probed.own(i, "wrong" if lost else "right")
+        text = probed.own(i, "wrong" if lost else "right", greedy)
         if form == "suffix":
             text = f"{text} {UNSURE if lost else SURE}"
         rows.append({"prompt": probed.rows[i]["prompt"], "completion": abstention if lost and form == "replace" else text})
