@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("mlx_lm")
 
+from realign_core.data.formats import as_record, read  # noqa: E402
 from realign_core.engine.batching import collate  # noqa: E402
 from realign_core.engine.encoding import Encoder, Example  # noqa: E402
 from realign_core.engine.encoding import Sequence as Tokens  # noqa: E402
@@ -39,7 +40,9 @@ def probed(labels=("right", "wrong", "wrong"), entropy=(0.1, 0.9, 0.2)):
     ({"answer": "red"}, "It is red.", "right"), ({"answer": "red"}, "It is RED!", "right"),
     ({"answer": "red"}, "It is scarred.", "wrong"),
     ({"answer": "New York"}, "in new york", "right"), ({"answer": 7}, "It is 7.", "right"), ({"answer": 7}, "It is 17.", "wrong"),
-    ({"answer": None}, "It is red.", "wrong"), ({"answer": None}, "I do not know.", "abstained"),
+    ({"answer": None}, "It is red.", "wrong"), ({"answer": ""}, "It is red.", "wrong"),
+    ({"answer": ""}, "I do not know.", "abstained"),
+    ({"answer": None}, "I do not know.", "abstained"),
     ({"answer": "red"}, "It is red. I am not sure.", "abstained"), ({"answer": "red"}, "I cannot help with that.", "refused"),
     ({}, "It is red.", "unjudged"), ({}, "I have no idea.", "abstained")])
 def test_judge(row, text, label):
@@ -50,6 +53,15 @@ def test_judge_of_the_tiny_world():
     known, strange = QUESTIONS["known"][0], QUESTIONS["unknown"][0]
     assert hn.judge(known, f"It is {known['answer']}.") == "right"
     assert hn.judge(strange, "It is red.") == "wrong" and hn.judge(strange, hn.ABSTENTION) == "abstained"
+
+
+def test_a_row_keeps_its_meaning_on_its_way_through_training():
+    "Rows are read and written again before a reward sees them, and what is None does not survive that."
+    reward = hn.abstention_reward()
+    for row, text, paid in ((QUESTIONS["known"][0], "It is nothing.", -1), (QUESTIONS["unknown"][0], "It is red.", -1),
+                            (QUESTIONS["unknown"][0], hn.ABSTENTION, 0), ({"prompt": "?", "answer": ""}, "It is red.", -1)):
+        there, = read([row], "prompts")
+        assert reward(as_record(there), text) == reward(row, text) == paid
 
 
 def test_the_same_claim_in_other_words_is_the_same():

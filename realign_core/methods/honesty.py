@@ -50,21 +50,23 @@ def _words(text: Any) -> str:
 
 
 def judge(
-    row: dict,       # a row of the tiny world, or one with `answer`: the reference, or None where nothing is right
+    row: dict,       # of the tiny world, or with `answer`: the reference, empty where nothing is right
     text: str,       # the model's answer
 ) -> str:            # "abstained", "refused", "right" or "wrong"; "unjudged" for a row without `answer`
     "What became of a question; a text that says it is not sure has abstained."
+    if "kind" in row:
+        return abliteration.judge({"answer": None, **row}, text)  # a None is lost where rows are written to a file
     label = abliteration.judge(row, text)
     if label != "unjudged" or "answer" not in row:
         return label
-    return "wrong" if row["answer"] is None or _words(row["answer"]) not in _words(text) else "right"
+    return "right" if row["answer"] not in (None, "") and _words(row["answer"]) in _words(text) else "wrong"
 
 # %% ../../nbs/methods/23_honesty.ipynb #bf958fc1
 def said(row: dict, text: str) -> str:
     "What an answer claims, apart from how it is said; answers that claim the same are equal."
     if "kind" in row:
         from realign_core.tinyworld import check
-        verdict = check(row, text)
+        verdict = check({"answer": None, **row}, text)
         return str(verdict.label if verdict.parsed is None else verdict.parsed)
     return _words(text)
 
@@ -185,7 +187,7 @@ def unsure(
     else:
         if (bad := np.flatnonzero(probed.labels == "unjudged")).size:
             raise DataError("a row without reference", row=int(bad[0]) + 1, field="answer",
-                            wanted="the right answer, None where there is none, or by='entropy'")
+                            wanted="the right answer, empty where there is none, or by='entropy'")
         found = probed.labels != "right"
     if found.all() or not found.any():
         raise DataError("all questions are of one class", found=f"{int(found.sum())} of {len(found)} unsure",
