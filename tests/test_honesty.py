@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("mlx_lm")
 
+from realign_core.data.formats import as_record, read  # noqa: E402
 from realign_core.engine.batching import collate  # noqa: E402
 from realign_core.engine.encoding import Encoder, Example  # noqa: E402
 from realign_core.engine.encoding import Sequence as Tokens  # noqa: E402
@@ -39,7 +40,9 @@ def probed(labels=("right", "wrong", "wrong"), entropy=(0.1, 0.9, 0.2)):
     ({"answer": "red"}, "It is red.", "right"), ({"answer": "red"}, "It is RED!", "right"),
     ({"answer": "red"}, "It is scarred.", "wrong"),
     ({"answer": "New York"}, "in new york", "right"), ({"answer": 7}, "It is 7.", "right"), ({"answer": 7}, "It is 17.", "wrong"),
-    ({"answer": None}, "It is red.", "wrong"), ({"answer": None}, "I do not know.", "abstained"),
+    ({"answer": None}, "It is red.", "wrong"), ({"answer": ""}, "It is red.", "wrong"),
+    ({"answer": ""}, "I do not know.", "abstained"),
+    ({"answer": None}, "I do not know.", "abstained"),
     ({"answer": "red"}, "It is red. I am not sure.", "abstained"), ({"answer": "red"}, "I cannot help with that.", "refused"),
     ({}, "It is red.", "unjudged"), ({}, "I have no idea.", "abstained")])
 def test_judge(row, text, label):
@@ -50,6 +53,15 @@ def test_judge_of_the_tiny_world():
     known, strange = QUESTIONS["known"][0], QUESTIONS["unknown"][0]
     assert hn.judge(known, f"It is {known['answer']}.") == "right"
     assert hn.judge(strange, "It is red.") == "wrong" and hn.judge(strange, hn.ABSTENTION) == "abstained"
+
+
+def test_a_row_keeps_its_meaning_on_its_way_through_training():
+    "Rows are read and written again before a reward sees them, and what is None does not survive that."
+    reward = hn.abstention_reward()
+    for row, text, paid in ((QUESTIONS["known"][0], "It is nothing.", -1), (QUESTIONS["unknown"][0], "It is red.", -1),
+                            (QUESTIONS["unknown"][0], hn.ABSTENTION, 0), ({"prompt": "?", "answer": ""}, "It is red.", -1)):
+        there, = read([row], "prompts")
+        assert reward(as_record(there), text) == reward(row, text) == paid
 
 
 def test_the_same_claim_in_other_words_is_the_same():
@@ -89,7 +101,8 @@ def test_familiarity_is_the_likelihood_of_the_name_in_its_place(backend):
     assert found[0] == pytest.approx(float(policy.score(batch).sum()), abs=1e-4)
     known = np.repeat([1.0, 0.0], [len(QUESTIONS["names"]), len(QUESTIONS["unknown"])])
     moved = [{**row, "prompt": f"Tell me of the {row['entity']}."} for row in rows[:4]]
-    moved = [{**r, "prompt": f"Tell me of the {r['entity']}."} for r in rows[:4]]
+    there = hn.familiarity(policy, rows[:4], carrier="Tell me of the {name}.")
+    assert np.allclose(there, hn.familiarity(policy, moved), atol=1e-5)
     assert auroc(np.exp(found), known) > 0.9
     assert (found < 0).all()
 
@@ -116,6 +129,7 @@ def test_rows_of_the_variants():
     assert [r["completion"] for r in hn.refusal_rows(one)] == ["own 0", hn.ABSTENTION, hn.ABSTENTION]
     assert [r["completion"] for r in hn.refusal_rows(one, form="suffix")] == [
         f"own 0 {hn.SURE}", f"own 1 {hn.UNSURE}", f"own 2 {hn.UNSURE}"]
+    assert hn.refusal_rows(one, greedy=True)[0]["completion"] == "greedy 0"
     by_entropy = hn.refusal_rows(one, by="entropy", share=0.34, abstention="Who knows?")
     assert [r["completion"] == "Who knows?" for r in by_entropy] == [False, True, False]
     assert [r["prompt"] for r in by_entropy] == ["Question 0?", "Question 1?", "Question 2?"]

@@ -50,21 +50,23 @@ def _words(text: Any) -> str:
 
 
 def judge(
-    row: dict,       # a row of the tiny world, or one with `answer`: the reference, or None where nothing is right
+    row: dict,       # of the tiny world, or with `answer`: the reference, empty where nothing is right
     text: str,       # the model's answer
 ) -> str:            # "abstained", "refused", "right" or "wrong"; "unjudged" for a row without `answer`
     "What became of a question; a text that says it is not sure has abstained."
+    if "kind" in row:
+        return abliteration.judge({"answer": None, **row}, text)  # a None is lost where rows are written to a file
     label = abliteration.judge(row, text)
     if label != "unjudged" or "answer" not in row:
         return label
-    return "wrong" if row["answer"] is None or _words(row["answer"]) not in _words(text) else "right"
+    return "right" if row["answer"] not in (None, "") and _words(row["answer"]) in _words(text) else "wrong"
 
 # %% ../../nbs/methods/23_honesty.ipynb #bf958fc1
 def said(row: dict, text: str) -> str:
     "What an answer claims, apart from how it is said; answers that claim the same are equal."
     if "kind" in row:
         from realign_core.tinyworld import check
-        verdict = check(row, text)
+        verdict = check({"answer": None, **row}, text)
         return str(verdict.label if verdict.parsed is None else verdict.parsed)
     return _words(text)
 
@@ -90,9 +92,10 @@ class Probed:
     agreement: np.ndarray = field(repr=False)       # (N,) share of the samples that claim what the greedy answer claims
     entropy: np.ndarray = field(repr=False)         # (N,) of the samples' claims, nats; 0 when all claim the same
 
-    def own(self, i: int, label: str) -> str:
-        "An answer of the model's own to question `i` that was judged so: sampled if there is one, so that its style stays."
-        return next((t for t, found in zip(self.samples[i], self.sampled[i], strict=True) if found == label), self.texts[i])
+    def own(self, i: int, label: str, greedy: bool = False) -> str:
+        "An answer of the model's own to question `i`: the greedy one, or the first sample that was judged so, if there is one."
+        fitting = () if greedy else zip(self.samples[i], self.sampled[i], strict=True)
+        return next((text for text, found in fitting if found == label), self.texts[i])
 
 # %% ../../nbs/methods/23_honesty.ipynb #a054160f
 def probe(
@@ -184,7 +187,7 @@ def unsure(
     else:
         if (bad := np.flatnonzero(probed.labels == "unjudged")).size:
             raise DataError("a row without reference", row=int(bad[0]) + 1, field="answer",
-                            wanted="the right answer, None where there is none, or by='entropy'")
+                            wanted="the right answer, empty where there is none, or by='entropy'")
         found = probed.labels != "right"
     if found.all() or not found.any():
         raise DataError("all questions are of one class", found=f"{int(found.sum())} of {len(found)} unsure",
@@ -197,6 +200,7 @@ def refusal_rows(
     by: str = "right",              # see `unsure`
     form: str = "replace",          # "replace": abstain in place of the answer; "suffix": say behind it how sure it is
     share: float = 0.5,             # see `unsure`
+    greedy: bool = False,           # keep the greedy answers; False: sampled ones, in all the styles that it has
     abstention: str = ABSTENTION,
 ) -> list[dict]:                    # `prompt` and `completion`
     "Rows for SFT: R-Tuning is right + suffix, R-Tuning-R right + replace, R-Tuning-U entropy + suffix (arXiv 2311.09677)."
@@ -204,7 +208,7 @@ def refusal_rows(
         raise ReAlignError(f"form={form!r}; wanted 'replace' or 'suffix'")
     rows = []
     for i, lost in enumerate(unsure(probed, by, share)):
-        text = probed.own(i, "wrong" if lost else "right")
+        text = probed.own(i, "wrong" if lost else "right", greedy)
         if form == "suffix":
             text = f"{text} {UNSURE if lost else SURE}"
         rows.append({"prompt": probed.rows[i]["prompt"], "completion": abstention if lost and form == "replace" else text})
