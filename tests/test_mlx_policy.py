@@ -98,15 +98,6 @@ def test_attention_is_mlx_lms_for_any_grouping_and_mask(heads, shape):
         assert found.shape == wanted.shape and np.abs(np.array(found - wanted)).max() < 1e-5
 
 
-@pytest.mark.parametrize("rows", [1, 8, 16, 17])
-@pytest.mark.parametrize(("inputs", "outputs"), [(48, 128), (48, 100), (2048, 128)])
-def test_products_piece_by_piece_are_the_whole_product(rows, inputs, outputs):
-    from realign_core.engine.mlx_policy import _few_rows
-    rng = np.random.default_rng(2)
-    x, w = rng.normal(size=(1, rows, inputs)).astype(np.float32), rng.normal(size=(outputs, inputs)).astype(np.float32)
-    assert np.abs(np.array(_few_rows(mx.array(x), mx.array(w))) - x @ w.T).max() < 1e-3
-
-
 def test_writing_with_merged_adapters_changes_nothing_in_the_model(snapshot):
     "And what is written has the log-probabilities that scoring gives it."
     from toys import mean_loss

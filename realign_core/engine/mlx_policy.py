@@ -31,7 +31,7 @@ from realign_core.engine.policy import (
 from ..errors import ModelError, TrainingError
 
 # %% auto #0
-__all__ = ['PIECE', 'rope_settings', 'adamw', 'MLXPolicy', 'MLXReward', 'MLXValue']
+__all__ = ['rope_settings', 'adamw', 'MLXPolicy', 'MLXReward', 'MLXValue']
 
 # %% ../../nbs/engine/04_mlx.ipynb #022262d5
 def rope_settings(
@@ -66,7 +66,6 @@ def _load_model(folder: Path, config: dict, dtype: str | None, reward: bool = Fa
         _use_tanh_gelu(model)
     if mx.default_device().type == mx.cpu:
         _use_fast_exponentials(model)
-        _use_pieces(model)
     model.eval()
     return model
 
@@ -153,35 +152,6 @@ def _use_fast_exponentials(model: nn.Module) -> None:
     for name, function in (("swiglu", _swiglu), ("scaled_dot_product_attention", _attention)):
         if hasattr(module, name):
             setattr(module, name, function)
-
-# %% ../../nbs/engine/04_mlx.ipynb #1607812a
-PIECE = 64  # outputs of a piece
-
-
-def _few_rows(x: mx.array, weight: mx.array) -> mx.array: # (…, K), (N, K) -> (…, N)
-    "The product with the transposed weight; for at most 16 rows piece by piece."
-    (outputs, inputs), rows = weight.shape, x.size // x.shape[-1]
-    if rows > 16 or outputs % PIECE or rows * PIECE * inputs > 10**6:
-        return x @ weight.T
-    pieces = weight.reshape(-1, PIECE, inputs).swapaxes(-1, -2)
-    return (x.reshape(1, rows, inputs) @ pieces).swapaxes(0, 1).reshape(*x.shape[:-1], outputs)
-
-
-class _Linear(nn.Linear):
-    def __call__(self, x):
-        found = _few_rows(x, self.weight)
-        return found + self.bias if "bias" in self else found
-
-
-class _Embedding(nn.Embedding):
-    def as_linear(self, x): return _few_rows(x, self.weight)
-
-
-def _use_pieces(model: nn.Module) -> None:
-    "Let every plain linear layer, and an embedding that is the output layer too, multiply few rows piece by piece."
-    for module in model.modules():
-        if type(module) in (nn.Linear, nn.Embedding):
-            module.__class__ = {nn.Linear: _Linear, nn.Embedding: _Embedding}[type(module)]
 
 # %% ../../nbs/engine/04_mlx.ipynb #62cc80f4
 def _sliding_window(config: dict) -> int | None:

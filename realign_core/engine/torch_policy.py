@@ -571,7 +571,7 @@ class _Loaded(Intervening):
             self._wrapper, self._layers = add_adapters(self.model, self.lora, seed, tensors)
         self._add_head(adapter)
         self.vocab = self.head.vocab
-        self.at_once = 1024 if self.device.type == "cpu" else None
+        self.at_once = 1536 if self.device.type == "cpu" else None
         self.can_share, self.autocast = False, None
         check_scores(self)
         self.can_share = check_sharing(self, 1e-3 if self.model.dtype == torch.float32 else 0.25)
