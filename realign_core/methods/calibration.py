@@ -29,6 +29,8 @@ CARD = Card(
     cost="a scaling: a few numbers; stated confidence: SFT and GRPO on a few tokens; the answering model stays as it is",
     risk="a low calibration error that says nothing: one number for every answer. Report AUROC beside it",
     paper="Damani et al. 2025, RLCR, arXiv 2507.16806, eq. 2; Guo et al. 2017, arXiv 1706.04599, §4.2",
+    title="Calibration", format="online", purpose="uncertainty", hazard="an empty confidence", complexity="medium",
+    compute="medium", stage=4, roles={"calibrate": 1},
 )
 
 # %% ../../nbs/methods/22_calibration.ipynb #01bf0823

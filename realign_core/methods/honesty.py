@@ -38,6 +38,8 @@ CARD = Card(
     cost="k answers to each question to find out what it knows, then SFT, DPO or GRPO",
     risk="it learns which questions were in the tuning set in place of what it knows, and abstains on facts that it has",
     paper="Zhang et al. 2023, R-Tuning, arXiv 2311.09677",
+    title="Anti-hallucination", format="prompts", purpose="fewer made-up answers", hazard="over-refusal", complexity="medium",
+    compute="medium", stage=5, roles={"abstain": 1}, rows={"any size": (500, 5_000)},
 )
 
 # %% ../../nbs/methods/23_honesty.ipynb #d4cf3bce

@@ -35,6 +35,9 @@ CARD = Card(
     cost="no training: a forward pass for each pair; while it is used, one addition at each layer chosen",
     risk="a dose that moves the tone may break the language or another task, and the mean hides the prompts that go backwards",
     paper="Rimsky et al. 2024, Steering Llama 2 via Contrastive Activation Addition, arXiv 2312.06681",
+    title="Activation steering", format="preference", purpose="reversible, composable control", hazard="too strong a dose",
+    complexity="medium", compute="low", held=("model",), reversible=True, roles={"steer": 1, "unrefuse": 2},
+    rows={"any size": (32, 200)},
 )
 
 # %% ../../nbs/methods/21_steering.ipynb #0215d891
