@@ -959,7 +959,7 @@ _ATTACKS = [  # name, source, reference, answer
     ("every choice", "Liuziyu77/Visual-RFT#79", "A", "<answer>A or B or C</answer>"),
     ("no answer", "Liuziyu77/Visual-RFT#176", "A", "<answer></answer>"),
     ("an empty box", "own", "42", r"\boxed{}"),
-    ("part of an answer", "arXiv 2606.01066", "x = 2, x = 3", r"\boxed{x = 3}"),
+    ("part of an answer", "own", "x = 2, x = 3", r"\boxed{x = 3}"),
     ("one part too many", "own", "1, 2", r"\boxed{1, 2, 3}"),
     ("counting up to it", "own", "42", f"It is {', '.join(map(str, range(1, 43)))}"),
     ("several boxes", "own", "42", r"\boxed{41}, \boxed{42}"),
