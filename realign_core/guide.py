@@ -600,7 +600,7 @@ def _commands(entry: Entry, want: Want, adapters: bool) -> tuple[str, ...]:
     if room != "methods":
         return (*made, f"realign run {room}/{name}")
     rows = f"{entry.format}.jsonl"
-    run = f"realign run methods/{name} -p model MODEL -p data {rows}"
+    run = f"realign run methods/{name} -p model MODEL" + (f" -p data {rows}" if entry.trains else "")
     if entry.trains and adapters:
         run = (f"python -c \"from realign_core import fit, load; from realign_core.methods import get; fit(load('MODEL', "
                f"lora=16), "
