@@ -111,29 +111,7 @@ PLANNED = {e.name: e for e in (
             "documents, searched when a question comes",
         "Lewis et al. 2020, Retrieval-Augmented Generation, arXiv 2005.11401", purpose="facts without training",
         hazard="a search that misses", complexity="medium", compute="low", held=("model",), reversible=True,
-        roles={"retrieve": 1}), trains=False),
-    Entry("steering", "Activation steering", "preference", _card(
-        "behaviour has to be switched while the model runs", "too strong a dose breaks the text",
-        "a prompt with two answers that differ in one trait", "Rimsky et al. 2024, Steering Llama 2 via Contrastive Activation "
-        "Addition, arXiv 2312.06681", purpose="reversible, composable control", hazard="too strong a dose", complexity="medium",
-        compute="low", held=("model",), reversible=True, roles={"steer": 1, "unrefuse": 2}, rows={"any size": (32, 200)}),
-        trains=False),
-    Entry("iterative_dpo", "Iterative DPO", "online", _card(
-        "answers can be scored, but not while training runs", "pairs grow old within a round",
-            "prompts, with whatever the reward "
-        "reads; no answers", "Pang et al. 2024, Iterative Reasoning Preference Optimization, arXiv 2404.19733",
-        purpose="rounds of pairs from its own answers", hazard="stale pairs", complexity="high", compute="high",
-        held=("policy", "reference"), stage=2, roles={"judged": 3, "maximum": 3}, rows={"any size": (1_000, 10_000)}),
-        trains=False),
-    Entry("calibration", "Calibration", "online", _card(
-        "answers are used with their confidence", "a constant confidence is calibrated and says nothing", "questions with their "
-        "answers, apart from all training", "Damani et al. 2025, Beyond Binary Rewards, arXiv 2507.16806", purpose="uncertainty",
-        hazard="an empty confidence", complexity="medium", compute="medium", stage=4, roles={"calibrate": 1}), trains=False),
-    Entry("honesty", "Anti-hallucination", "prompts", _card(
-        "made-up answers cost more than missing ones", "it declines what it knows",
-            "questions that the model was probed on: known "
-        "and unknown", "Zhang et al. 2023, R-Tuning, arXiv 2311.09677", purpose="fewer made-up answers", hazard="over-refusal",
-        complexity="medium", compute="medium", stage=5, roles={"abstain": 1}), trains=False))}
+        roles={"retrieve": 1}), trains=False))}
 
 # %% ../nbs/start/01_choose.ipynb #06624dc4
 def catalogue() -> dict[str, Entry]:

@@ -451,8 +451,8 @@ def test_pages_that_are_named_exist():
 def test_a_planned_method_gives_way_to_its_notebook(monkeypatch):
     from realign_core.methods.registry import Entry
     own = Card("own words", "", "", "", "", "own risk", "own paper")
-    entry = Entry("steering", "Steering", "", own, "methods/21_steering.ipynb", False)
-    monkeypatch.setattr(guide, "entries", lambda: {"steering": entry})
-    found = guide.catalogue()["steering"]
-    assert found.page and found.card.use == "own words" and found.card.roles == guide.PLANNED["steering"].card.roles
-    assert found.card.reversible and found.format == "preference"
+    entry = Entry("rag", "Retrieval", "", own, "methods/30_rag.ipynb", False)
+    monkeypatch.setattr(guide, "entries", lambda: {"rag": entry})
+    found = guide.catalogue()["rag"]
+    assert found.page and found.card.use == "own words" and found.card.roles == guide.PLANNED["rag"].card.roles
+    assert found.card.reversible and found.format == "text"
