@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from realign_core import cli, notebook, report
+from realign_core import cli, guide, notebook, report
 from realign_core.engine.checkpoints import write_json
 from realign_core.errors import DataError, GateFailed, OutputError, ReAlignError
 from realign_core.methods import registry
@@ -144,10 +144,16 @@ def test_method_notebooks_have_parameters_and_finish():
 
 # Made files
 
-def test_the_readme_table_is_the_registry():
+def test_the_readme_table_has_every_method_with_its_page_and_its_kept_effect():
     text = (ROOT / "README.md").read_text()
-    for name in registry.names():
-        assert f"**{registry.get(name).title}** `{name}`" in text
+    rows = {name: entry for name, entry in guide.catalogue().items() if entry.page.startswith("methods/")}
+    assert set(registry.names()) <= set(rows)
+    for name, entry in rows.items():
+        start = f"| **{entry.title}** [`{name}`](nbs/{entry.page}) |"
+        line = next(line for line in text.splitlines() if line.startswith(start))
+        for r in guide.records(entry):
+            if r["seed"] == 0 and r["effect"]:
+                assert notebook.interval_text(r["effect"]) in line
 
 
 def test_the_readme_example_runs(tmp_path, monkeypatch):

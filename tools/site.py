@@ -15,7 +15,7 @@ import re
 import sys
 from pathlib import Path
 
-from pages import MARK, made
+from pages import made
 from publish import problems, publish
 
 from realign_core.cli import ROOMS, list_notebooks
@@ -54,13 +54,12 @@ def readme() -> str:
         if re.search(r"^#\|\s*echo:\s*false", cell.source, re.MULTILINE):
             cell.metadata["tags"] = ["hide_input"]
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE)
-        if cell.source.startswith(MARK):
-            cell.source = re.sub(r"\]\((?!https?:)", "](nbs/", cell.source)  # README.md stands one folder higher
     exporter = MarkdownExporter()
     exporter.register_preprocessor("nbconvert.preprocessors.TagRemovePreprocessor", enabled=True)
     exporter._preprocessors[-1].remove_input_tags = {"hide_input"}
     body, _ = exporter.from_notebook_node(notebook)
     body = re.sub(r"^\*Reading time .*\n", "", body, flags=re.MULTILINE)
+    body = re.sub(r"\]\((?!https?:|#)", "](nbs/", body)      # README.md stands one folder higher
     body = "\n".join(line.rstrip() for line in body.splitlines())
     return re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
 
