@@ -96,9 +96,8 @@ def _card(use: str, risk: str, data: str, paper: str, **more: Any) -> Card:
 PLANNED = {e.name: e for e in (
     Entry("pretraining", "Pre-training", "text", _card(
         "there is no model", "compute: 20 tokens for each parameter", "raw text, trillions of tokens",
-            "Hoffmann et al. 2022, Training "
-        "Compute-Optimal Large Language Models, arXiv 2203.15556", purpose="a model at all", hazard="cost", complexity="high",
-        compute="high", roles={"pretrain": 1}), trains=False),
+        "Hoffmann et al. 2022, Training Compute-Optimal Large Language Models, arXiv 2203.15556", purpose="a model at all",
+        hazard="cost", complexity="high", compute="high", roles={"pretrain": 1}), trains=False),
     Entry("cpt", "Continued pre-training", "text", _card(
         "facts of a field have to go into the weights", "forgetting: mix in 10–20 % general text",
         "raw text, billions of tokens",
@@ -108,7 +107,7 @@ PLANNED = {e.name: e for e in (
               "internal": (1_000_000_000, 5_000_000_000)}), "data/18_rawtext.ipynb", False),
     Entry("rag", "Retrieval-augmented generation", "text", _card(
         "facts change, or are too few for training", "what is not found is not known",
-            "documents, searched when a question comes",
+        "documents, searched when a question comes",
         "Lewis et al. 2020, Retrieval-Augmented Generation, arXiv 2005.11401", purpose="facts without training",
         hazard="a search that misses", complexity="medium", compute="low", held=("model",), reversible=True,
         roles={"retrieve": 1}), trains=False))}
@@ -165,12 +164,12 @@ def _facts(goal: str, what: str) -> Ask:
     rag = Want("retrieve", "facts that are looked up can be changed, and few are needed", "004 §6.1")
     cpt = Want("text", f"{what}; mix in 10–20 % general text", "004 §1, §5.1", goal)
     after = Want("demonstrate", "continued pre-training leaves a base model: it has to learn to answer again",
-        "000 order; 002 §1")
+                 "000 order; 002 §1")
     few = Leaf(f"{goal}, little text", (rag,), (NO_SFT,))
     if goal == "language":
-        few = Leaf("a language from little text", conflict="a new language takes 10 billion tokens and more (004 §5.1); with "
-                                                           "little "
-                   "text there is no way to learn it: gather text, or start from a model that speaks it")
+        few = Leaf("a language from little text", conflict=(
+            "a new language takes 10 billion tokens and more (004 §5.1); with little text there is no way to learn it: "
+            "gather text, or start from a model that speaks it"))
     gather = replace(cpt, why=f"{cpt.why}. What you have is no raw text: gather documents first", make="rawtext")
     return Ask("amount", {"little": few, "*": Ask("data", {
         "text": Leaf(f"{goal} from text", (cpt, after), (NO_SFT, "RAG (004 §6.1) needs no training and can stand beside it.")),
@@ -180,23 +179,22 @@ def _facts(goal: str, what: str) -> Ask:
 PRETRAIN = Ask("reversible", {
     "yes": Leaf("nothing to return to", conflict="a model that is trained from scratch has no earlier state to return to"),
     "no": Ask("amount", {
-        "little": Leaf("a model from little text", conflict="a language model cannot be pre-trained on little text: 20 tokens "
-                                                            "for each "
-                       "parameter are the least that is sensible (Chinchilla, 004 §1); start from a model that exists"),
-        "*": Leaf("from scratch", (Want("pretrain", "there is nothing to tune yet; about 20 tokens for each parameter, and "
-                                                    "more for a "
-                                        "model that is used a lot (Llama 3: 15 trillion)", "004 §1"),
+        "little": Leaf("a model from little text", conflict=(
+            "a language model cannot be pre-trained on little text: 20 tokens for each parameter are the least that is "
+            "sensible (Chinchilla, 004 §1); start from a model that exists")),
+        "*": Leaf("from scratch", (Want("pretrain", "there is nothing to tune yet; about 20 tokens for each parameter, and more "
+                                                    "for a model that is used a lot (Llama 3: 15 trillion)", "004 §1"),
                                    Want("demonstrate", "then it learns to answer", "002 §1")))})})
 
 # %% ../nbs/start/01_choose.ipynb #108386d8
-SHOW = Want("demonstrate", "what the model does not do yet has to be shown to it; keep answers that your rubric gives 0.80 "
-                           "and more",
+SHOW = Want("demonstrate",
+            "what the model does not do yet has to be shown to it; keep answers that your rubric gives 0.80 and more",
             "001 guide, SFT; 002 §5 A")
-MAKE = replace(SHOW, why="no good answers yet: a stronger model writes them, a filter keeps those above 0.80, and SFT learns "
-                         "them",
+MAKE = replace(SHOW, why="no good answers yet: a stronger model writes them, a filter keeps those above 0.80, and SFT "
+                         "learns them",
                source="002 §5 A", make="instructions")
-GOLD = replace(SHOW, why="little data: 1,000 gold samples are enough when they are good", source="004 §2, §6.4", case="little "
-                                                                                                                      "data")
+GOLD = replace(SHOW, why="little data: 1,000 gold samples are enough when they are good", source="004 §2, §6.4",
+               case="little data")
 REFINE = "Then DPO refines it (001 combining: SFT → DPO). Preference methods do not teach from scratch."
 
 FORMAT = Ask("data", {
@@ -211,8 +209,8 @@ FORMAT = Ask("data", {
     "*": Leaf("write answers first", (MAKE,), (REFINE,))})
 
 # %% ../nbs/start/01_choose.ipynb #ef096392
-PAIRS = Want("pairs", "it can do the task, and you can say which of two answers is better: a margin of 0.15 and more on a 0–1 "
-                      "rubric",
+PAIRS = Want("pairs",
+             "it can do the task, and you can say which of two answers is better: a margin of 0.15 and more on a 0–1 rubric",
              "001 guide, DPO; 002 §5 B; 004 §6.3", make="")
 LEAN = replace(PAIRS, why="pairs, and no memory for a reference model", source="002 §5 B; 004 §3, §6.3")
 
@@ -224,35 +222,33 @@ def _paired(name: str, **change: str) -> Ask:
     return Ask("memory", {"ample": Leaf(name, (ample,)), "limited": Leaf(f"{name}, little memory", (lean,))})
 
 
-KTO = Leaf("thumbs up and down", (Want("labels", "answers are labelled one at a time, and nobody has compared two; 60–70 % of "
-                                                 "them "
-                                       "should be good", "001 guide, KTO; 002 §5 B; 004 §3, §6.4"),))
+KTO = Leaf("thumbs up and down", (Want(
+    "labels", "answers are labelled one at a time, and nobody has compared two; 60–70 % of them should be good",
+    "001 guide, KTO; 002 §5 B; 004 §3, §6.4"),))
 STYLE = Ask("data", {
     "pairs": _paired("pairs"),
     "labels": KTO,
     "scored": _paired("best against worst", why="the best and the worst answer of each prompt are a pair (001 strategy 5); ",
                       make="groups"),
     "*": Ask("check", {
-        "judge|program": _paired("pairs by rubric", why="sample several answers to each prompt, score all, and pair the best "
-                                                        "with the "
-                                 "worst (001 strategy 5); ", make="preferences"),
-        "none": _paired("pairs by contrast", why="pairs come from contrasts: a strong against a weak model, with against "
-                                                 "without a "
-                        "reference text, cool against hot sampling, an answer against a flawed copy (001 strategies 1–4); ",
-                        make="preferences")})})
+        "judge|program": _paired("pairs by rubric", why=(
+            "sample several answers to each prompt, score all, and pair the best with the worst (001 strategy 5); "),
+            make="preferences"),
+        "none": _paired("pairs by contrast", why=(
+            "pairs come from contrasts: a strong against a weak model, with against without a reference text, cool against hot "
+            "sampling, an answer against a flawed copy (001 strategies 1–4); "), make="preferences")})})
 
 # %% ../nbs/start/01_choose.ipynb #508abc52
 COLD = Want("demonstrate", "a cold start on worked answers, so that reinforcement finds something to reinforce",
-    "002 §5 C; 004 §6.2",
-            "cold start")
+            "002 §5 C; 004 §6.2", "cold start")
 TRACES = replace(COLD, why="a cold start on worked answers that a stronger model wrote, or that it wrote itself and that pass "
-                 "(rejection sampling)", make="verifiable")
+                           "(rejection sampling)", make="verifiable")
 VERIFY = Want("verified", "a program tells right from wrong: sample groups, reinforce the right ones and the format",
-    "002 §5 C; 004 §6.2")
+              "002 §5 C; 004 §6.2")
 OPEN = Want("demonstrate", "nothing can check the reasoning: show diverse traces of it", "002 §5 C",
             "cold start", "instructions")
 JUDGE = Want("judge", "online learning without a program needs a robust learned reward; it is trained on pairs",
-    "002 §5 C, D", make="preferences")
+             "002 §5 C, D", make="preferences")
 JUDGED = Want("judged", "it learns from its own answers, as the judge sees them", "002 §5 C")
 DISTIL = Want("distil", "so many worked answers teach long reasoning by themselves", "004 §2, §5.2", "distillation")
 HACK = "A learned reward is maximised until it breaks: watch a measure that has no part in the training."
@@ -274,27 +270,26 @@ REWARD = Ask("check", {
     "program|judge": Leaf("online from a reward", (ONLINE,), (FIRST, HACK)),
     "none": Ask("data", {
         "pairs|scored": Leaf("a reward model, then online", (replace(JUDGE, make=""), ONLINE), (FIRST, HACK)),
-        "*": Leaf("no reward", conflict="learning from a reward, and nothing that could give one: name a program or a judge, "
-                                        "or gather "
-                  "pairs and train a reward model")})})
+        "*": Leaf("no reward", conflict="learning from a reward, and nothing that could give one: name a program or a judge, or "
+                                        "gather pairs and train a reward model")})})
 
 MOST = Want("maximum", "online generation explores beyond the data, and mends what static pairs miss", "002 §5 D")
 MAXIMUM = Ask("memory", {
-    "limited": Leaf("no cost too high, no memory", conflict="the best performance whatever it costs, and little memory: PPO "
-                                                            "holds four "
-                    "models (002 §3, 004 §4); choose `reasoning` or `style` for what a small budget allows"),
+    "limited": Leaf("no cost too high, no memory", conflict=(
+        "the best performance whatever it costs, and little memory: PPO holds four models (002 §3, 004 §4); choose "
+        "`reasoning` or `style` for what a small budget allows")),
     "ample": Ask("check", {
         "program|judge": Leaf("explore", (MOST,), (FIRST, HACK)),
         "none": Ask("data", {
             "pairs|scored": Leaf("a reward model, then explore", (replace(JUDGE, make=""), MOST), (FIRST, HACK)),
-            "*": Leaf("nothing to aim at", conflict="the best performance, and nothing that could tell it: name a judge, or "
-                                                    "gather pairs "
-                      "and train a reward model (002 §5 D)")})})})
+            "*": Leaf("nothing to aim at", conflict=(
+                "the best performance, and nothing that could tell it: name a judge, or gather pairs and train a reward model "
+                "(002 §5 D)"))})})})
 
 # %% ../nbs/start/01_choose.ipynb #98ea0015
 LAST = "It comes last (000 order: SFT, preferences, reinforcement, calibration, anti-hallucination): later training undoes it."
-CONTRAST = Want("unrefuse", "refusal is one direction in the model: found from contrasting prompts, taken out of the "
-                            "weights", "000 methods")
+CONTRAST = Want("unrefuse", "refusal is one direction in the model: found from contrasting prompts, taken out of the weights",
+                "000 methods")
 STEER = Want("steer", "a direction is added while the model runs, and nothing is left when it stops", "000 methods")
 
 TREE = Ask("goal", {
@@ -302,8 +297,8 @@ TREE = Ask("goal", {
     "domain": _facts("domain", "5 to 20 billion tokens"), "internal": _facts("internal", "1 to 5 billion tokens, dense ones"),
     "language": _facts("language", "10 to 50 billion tokens, and new words for the tokenizer"),
     "uncertainty": Leaf("calibrate", (Want("calibrate", "a tuned model is surer than it is right", "000 order, 4"),), (LAST,)),
-    "hallucination": Leaf("abstain", (Want("abstain", "what it does not know has to be probed, and then declined",
-        "000 order, 5"),),
+    "hallucination": Leaf("abstain",
+                          (Want("abstain", "what it does not know has to be probed, and then declined", "000 order, 5"),),
                           (LAST, "RAG (004 §6.1) answers what the model cannot know.")),
     "refusal": Ask("reversible", {
         "yes": Leaf("refusals, switched", (replace(STEER, why="taken off at runtime, it can be put back"),),
@@ -547,25 +542,24 @@ EXAMINE = {"reasoning": "a maths benchmark such as GSM8K, on problems that had n
            "maximum": "a measure of quality that is not the reward (rewards/07_hacking)",
            "format": "instructions that a program can check, such as IFEval's (rewards/04_following)",
            "style": "a judge that compares before and after, blind and in both orders (rewards/05_judge)",
-           "uncertainty": "calibration error and AUROC, on held-out questions", "hallucination":
-               "made-up answers on unknown names, and "
-           "false abstention on known facts", "refusal": "not refusals alone: are the answers right? (methods/20_abliteration)",
-           "control": "the trait at several strengths, and whether the text stays sound", "domain":
-               "questions about the facts, held out; "
-           "and what it knew before (data/18_rawtext)", "pretrain": "held-out text: nats per byte"}
+           "uncertainty": "calibration error and AUROC, on held-out questions",
+           "hallucination": "made-up answers on unknown names, and false abstention on known facts",
+           "refusal": "not refusals alone: are the answers right? (methods/20_abliteration)",
+           "control": "the trait at several strengths, and whether the text stays sound",
+           "domain": "questions about the facts, held out; and what it knew before (data/18_rawtext)",
+           "pretrain": "held-out text: nats per byte"}
 
 
 def examine(goal: str) -> tuple[str, ...]:
     "What to measure after a plan."
     own = EXAMINE.get(goal, EXAMINE["domain"])
     tax = (f"alignment tax: at least {_limits()['least_kept']:.0%} of every benchmark is left (evaluate/00_metrics), and KL "
-           f"from the "
-           f"model as it was is at most {_limits()['most_kl']:g} nats per token on held-out prompts")
+           f"from the model as it was is at most {_limits()['most_kl']:g} nats per token on held-out prompts")
     return (own,) if goal == "pretrain" else (own, tax)
 
 # %% ../nbs/start/01_choose.ipynb #0a88ed91
-WORKFLOWS = {"verified": "workflows/rlvr", "pairs": "workflows/dpo", "judged": "workflows/learned", "maximum":
-    "workflows/learned"}
+WORKFLOWS = {"verified": "workflows/rlvr", "pairs": "workflows/dpo", "judged": "workflows/learned",
+             "maximum": "workflows/learned"}
 
 
 def _commands(entry: Entry, want: Want, adapters: bool) -> tuple[str, ...]:
@@ -580,9 +574,8 @@ def _commands(entry: Entry, want: Want, adapters: bool) -> tuple[str, ...]:
     rows = f"{entry.format}.jsonl"
     run = f"realign run methods/{name} -p model MODEL" + (f" -p data {rows}" if entry.trains else "")
     if entry.trains and adapters:
-        run = (f"python -c \"from realign_core import fit, load; from realign_core.methods import get; fit(load('MODEL', "
-               f"lora=16), "
-               f"get('{entry.name}'), '{rows}', out='runs/{entry.name}').policy.save('out/{entry.name}')\"")
+        run = ("python -c \"from realign_core import fit, load; from realign_core.methods import get; fit(load('MODEL', "
+               f"lora=16), get('{entry.name}'), '{rows}', out='runs/{entry.name}').policy.save('out/{entry.name}')\"")
     stages = (f"realign run {WORKFLOWS[want.role]}    # all stages, with gates",) if want.role in WORKFLOWS else ()
     return (*made, f"realign check {rows}", run, *stages)
 
@@ -675,10 +668,11 @@ SETTLED = (  # what it is about, what the guides say, what holds here, and the p
      ("rawtext", "learnt", "new facts, by continued training")),
     ("CPO", "000: conservative, reduces distribution shift", "contrastive, and without a reference (arXiv 2401.08417)", ()),
     ("SimPO", "002: a margin from self-consistency", "mean log-probability with a target margin (arXiv 2405.14734)", ()),
-    ("Rows for GRPO", "000: scored responses; 001: prompts only", "prompts: it writes its own answers. Scored responses "
-     "(`groups`) make pairs, labels, or rows for SFT", ()),
-    ("RLVR and GRPO", "000: two methods, and RLVR on MLX only", "RLVR is where the reward comes from, GRPO what is done with it: "
-     "a framework that has one has the other", ("rlvr", "under.rloo", "RLVR under RLOO")),
+    ("Rows for GRPO", "000: scored responses; 001: prompts only",
+     "prompts: it writes its own answers. Scored responses (`groups`) make pairs, labels, or rows for SFT", ()),
+    ("RLVR and GRPO", "000: two methods, and RLVR on MLX only",
+     "RLVR is where the reward comes from, GRPO what is done with it: a framework that has one has the other",
+     ("rlvr", "under.rloo", "RLVR under RLOO")),
     ("Pairs for DPO", "001: 1,000–3,000; 004: 10,000–60,000", "the former below 7B or for one trait, the latter from 7B on",
      ()),
     ("The margin of a pair", "001: 0.15", "on a rubric's score from 0 to 1, not on log-probabilities", ()),
@@ -720,10 +714,11 @@ def form() -> Any:
         import ipywidgets as widgets
     except ModuleNotFoundError as error:
         raise ReAlignError("the form needs ipywidgets: pip install 'realign_core[notebooks]'; or call recommend()") from error
-    wide = {"layout": widgets.Layout(width="95%"), "style": {"description_width": "90px"}}
-    menus = {name: widgets.Dropdown(options=[(text, key) for key, text in q.options.items()], description=name, tooltip=q.text,
+    wide = {"layout": widgets.Layout(width="95%", flex_flow="row wrap"), "style": {"description_width": "430px"}}
+    menus = {name: widgets.Dropdown(options=[(text, key) for key, text in q.options.items()], description=q.text, tooltip=name,
                                     **wide) for name, q in QUESTIONS.items()}
-    menus["size"] = widgets.BoundedFloatText(value=7.0, min=0.1, max=2000, description="size (B)", **wide)
+    menus["size"] = widgets.BoundedFloatText(value=7.0, min=0.1, max=2000, description="How many billions of parameters?",
+                                             tooltip="size", **wide)
     answer = widgets.HTML()
 
     def show(_=None):
@@ -745,7 +740,7 @@ def as_html(plan: Plan) -> str:
         parts.append(f"<h4>{i}. {say(step.title)} ({say(step.name)})</h4><ul>{items}</ul>{code}")
     for head, lines in (("Afterwards", plan.evaluate), ("Mind", plan.notes)):
         parts.append(f"<h4>{head}</h4><ul>{''.join(f'<li>{say(each)}</li>' for each in lines)}</ul>" if lines else "")
-    return "".join(parts)
+    return f'<div style="line-height: 1.5">{"".join(parts)}</div>'  # widgets set their lines further apart
 
 # %% ../nbs/start/01_choose.ipynb #5f382464
 def interview(
@@ -855,9 +850,10 @@ function start(T, root) {
 }
 """
 _STYLE = """.realign-guide { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; color: inherit }
-.realign-guide label { display: grid; grid-template-columns: 28rem 1fr; gap: 1rem; margin: .3rem 0; align-items: start }
-.realign-guide select { font: inherit; max-width: 100% } .realign-guide pre { white-space: pre-wrap; overflow-wrap: anywhere }
-@media (max-width: 45rem) { .realign-guide label { grid-template-columns: 1fr; gap: 0 } }"""
+.realign-guide label { display: grid; grid-template-columns: 28rem minmax(0, 1fr); gap: 1rem; margin: .3rem 0 }
+.realign-guide select { font: inherit; width: 100% } .realign-guide li { overflow-wrap: anywhere }
+.realign-guide pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid #8886; padding-left: .7em }
+@media (max-width: 45rem) { .realign-guide label { grid-template-columns: minmax(0, 1fr); gap: 0 } }"""
 
 # %% ../nbs/start/01_choose.ipynb #c5fef7fe
 @dataclass(frozen=True)

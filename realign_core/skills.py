@@ -115,30 +115,30 @@ class Guide:
 
 _BEFORE = (("the model is tuned by SFT, and answers end by themselves", "preparation"),
            ("what it can do is recorded, on every benchmark that must not suffer", "preparation"))
-_AFTER = (("all gates of the last stage are open", "evaluation"), ("no benchmark has lost more than its gate allows",
-    "evaluation"),
+_AFTER = (("all gates of the last stage are open", "evaluation"),
+          ("no benchmark has lost more than its gate allows", "evaluation"),
           ("the model beats its own baseline on held-out tasks", "evaluation"), ("the report is kept beside the weights", ""))
 
 # %% ../nbs/start/03_skills.ipynb #64bd1c53
 WORKFLOWS = (
     Guide("rlvr-workflow", "rlvr", "Reinforcement learning with verifiable rewards",
-          "Use when a model is to be trained on tasks whose answers a program can check (maths, code, formal reasoning): rlvr, "
-          "verifiable rewards, outcome verification, GRPO with tests, capability regression during RL.",
+          "Use when a model is to be trained on tasks whose answers a program can check (maths, code, formal reasoning): "
+          "rlvr, verifiable rewards, outcome verification, GRPO with tests, capability regression during RL.",
           ("The reward is a program's verdict: objective, repeatable, without people.",
            "A false positive is worse than a false negative: what is paid by mistake is found and learned.",
            "Many kinds of tasks: few are learnt by heart.", "Stay near the model as it was; the KL is measured, not assumed.",
-           "Every benchmark counts, not their mean.", "A verdict that cannot be explained is no verdict: keep the wrong ones "
-                                                      "and read them."),
+           "Every benchmark counts, not their mean.",
+           "A verdict that cannot be explained is no verdict: keep the wrong ones and read them."),
           {"before": (*_BEFORE, ("the domain's outcomes can be verified", "design"), ("a verifier exists", "verification"),
                       ("the limits below are understood, and changed only with a reason", "")),
            "during": (("tasks are verifiable", "design"), ("the verifier was set against an oracle", "verification"),
                       ("tasks are neither too easy nor too hard, and none is on both sides", "data"),
-                      ("drift and success rate are watched", "optimisation"), ("each round is kept only if it helps",
-                          "iteration")),
+                      ("drift and success rate are watched", "optimisation"),
+                      ("each round is kept only if it helps", "iteration")),
            "after": (*_AFTER, ("what the verifier pays for is documented", "verification"))}),
     Guide("dpo-workflow", "dpo", "Learning from preference pairs",
-          "Use when a model that can do a task should do it better and there are, or can be made, pairs of a better and a worse "
-          "answer: dpo, preference pairs, chosen and rejected, alignment, tone, style, verbosity.",
+          "Use when a model that can do a task should do it better and there are, or can be made, pairs of a better and a "
+          "worse answer: dpo, preference pairs, chosen and rejected, alignment, tone, style, verbosity.",
           ("The rejected answer is plausible and worse, not absurd.", "Both answers belong to the same prompt.",
            "If length tells the sides apart, length is what is learnt.",
            "Watch the chosen answers' own likelihood: a growing margin can hide that both fall."),
@@ -147,13 +147,12 @@ WORKFLOWS = (
            "after": _AFTER}),
     Guide("learned-reward-workflow", "learned", "Reinforcement learning with a learned reward",
           "Use when answers can be compared but no program can check them, and online learning is wanted: reward model, RLHF, "
-          "PPO, "
-          "preference reward, over-optimisation, reward hacking.",
+          "PPO, preference reward, over-optimisation, reward hacking.",
           ("A reward model is a guess about quality; it is examined before it is maximised, and after.",
            "Its mistakes are the policy's goals.", "Measure quality by something that had no part in the training.",
            "PPO holds up to four models; where that is too much, learn from pairs directly."),
-          {"before": (*_BEFORE, ("pairs are clean", "preferences"), ("the reward model ranks pairs that it has not seen, in "
-                                                                     "every slice", "reward_model")),
+          {"before": (*_BEFORE, ("pairs are clean", "preferences"),
+                      ("the reward model ranks pairs that it has not seen, in every slice", "reward_model")),
            "during": (("the reward rises and the policy stays near", "optimisation"),),
            "after": (*_AFTER, ("the reward model still ranks what the new policy writes", "evaluation"))}))
 
@@ -203,17 +202,16 @@ def workflow_skill(guide: Guide) -> dict[str, str]:   # file -> text
     stages = _table({"stage": f"{i} `{s.__name__}`", "what it does": _said(s), "gate": "; ".join(each.text for each in of(s))}
                     for i, s in enumerate(workflow.stages, 1))
     issues = dict.fromkeys((each.figure, each.advice) for each in gates if each.advice)
-    index = [_front(guide.name, guide.description), f"# {guide.title}\n", f"{len(workflow.stages)} stages, each behind a gate "
-                                                                          f"that "
-             "measures and blocks. Shares are from 0 to 1; KL is in nats per token, on held-out prompts, answers sampled from "
-             "the "
-             "policy. A figure with an interval must keep its limit with the whole interval.\n", "## Stages\n", stages,
+    index = [_front(guide.name, guide.description), f"# {guide.title}\n",
+             f"{len(workflow.stages)} stages, each behind a gate that measures and blocks. Shares are from 0 to 1; KL is in "
+             "nats per token, on held-out prompts, answers sampled from the policy. A figure with an interval must keep its "
+             "limit with the whole interval.\n", "## Stages\n", stages,
              "\nDetails of each stage: `workflow.md`. All limits with their settings: `thresholds.md`.\n", "## Run\n",
              _RUN.format(module=guide.module), "\n## Checklists\n", _boxes(guide, gates), "## When a gate is closed\n",
              _table({"figure": figure, "what to do": advice} for figure, advice in issues), "\n## Principles\n",
              _bullets(guide.principles)]
-    return {"SKILL.md": "\n".join(index) + "\n", "workflow.md": _stages(guide, workflow, of), "thresholds.md":
-            f"# Limits\n\nFrom the code of `realign_core.workflows.{guide.module}`.\n\n" + _table(
+    return {"SKILL.md": "\n".join(index) + "\n", "workflow.md": _stages(guide, workflow, of),
+            "thresholds.md": f"# Limits\n\nFrom the code of `realign_core.workflows.{guide.module}`.\n\n" + _table(
                 {"stage": g.stage, "figure": g.figure, "wanted": f"{g.direction} {g.limit}", "setting": g.setting,
                  "when missed": g.advice} for g in gates) + "\n"}
 
@@ -222,9 +220,8 @@ def _stages(guide: Guide, workflow: Any, of: Any) -> str:
     "The stages in detail."
     parts = [f"# {guide.title}, stage by stage\n"]
     for i, stage in enumerate(workflow.stages, 1):
-        parts += [f"## {i}. {stage.__name__}\n", f"{_said(stage)}\n", "Gate: " + ("; ".join(each.text for each in of(stage)) or
-            "none")
-                  + "\n", _table(settings(stage)), ""]
+        parts += [f"## {i}. {stage.__name__}\n", f"{_said(stage)}\n",
+                  "Gate: " + ("; ".join(each.text for each in of(stage)) or "none") + "\n", _table(settings(stage)), ""]
     return "\n".join(parts)
 
 # %% ../nbs/start/03_skills.ipynb #6ca5a8a2
@@ -234,22 +231,19 @@ def methods_skill() -> dict[str, str]:   # file -> text
     summary = _table({"method": f"`{e.name}`", "title": e.title, "purpose": e.card.purpose, "rows": e.format,
                       "use it when": e.card.use}
                      for e in known.values())
-    index = [_front("training-methods", "Use when somebody asks how to fine-tune, align or train a language model, which "
-                                        "method to use "
-                    "(SFT, LoRA, DPO, ORPO, KTO, GRPO, PPO, RLVR, abliteration, steering), which data it needs, or in which "
-                    "order."),
-             "# Training methods\n", "Ask what should change, what data there is, and what can tell a good answer from a bad "
-                                     "one; then "
-             "ask the guide, which answers with a plan:\n", "```bash\nrealign guide --goal GOAL --data DATA --check CHECK "
-                                                            "--memory MEMORY "
-             "--size BILLIONS --json\n```\n", _table({"flag": f"`--{q.name}`", "question": q.text,
-                                                    "answers": ", ".join(f"`{o}`" for o in q.options)}
-                                                   for q in QUESTIONS.values()),
+    index = [_front("training-methods",
+                    "Use when somebody asks how to fine-tune, align or train a language model, which method to use (SFT, LoRA, "
+                    "DPO, ORPO, KTO, GRPO, PPO, RLVR, abliteration, steering), which data it needs, or in which order."),
+             "# Training methods\n",
+             "Ask what should change, what data there is, and what can tell a good answer from a bad one; then ask the guide, "
+             "which answers with a plan:\n",
+             "```bash\nrealign guide --goal GOAL --data DATA --check CHECK --memory MEMORY --size BILLIONS --json\n```\n",
+             _table({"flag": f"`--{q.name}`", "question": q.text, "answers": ", ".join(f"`{o}`" for o in q.options)}
+                    for q in QUESTIONS.values()),
              "\n## Methods\n", summary, "\n## Order of training\n", _table(order()), "\n## More\n", _bullets(
                  ("`methods.md`: each method: when, when not, data, cost, risk, source",
-                     "`tables.md`: what runs where, what it takes, "
-                  "what goes with what, row formats with an example each", "`tree.md`: the decision tree, and where other "
-                                                                           "guides disagree",
+                  "`tables.md`: what runs where, what it takes, what goes with what, row formats with an example each",
+                  "`tree.md`: the decision tree, and where other guides disagree",
                   "`checklist.md`: before any training"))]
     return {"SKILL.md": "\n".join(index) + "\n", "methods.md": _methods(known), "tree.md": _tree(),
             "tables.md": "# Tables\n\n" + "\n\n".join(f"## {title}\n\n{_table(rows)}" for title, rows in tables.items()) + "\n",

@@ -307,7 +307,8 @@ def test_a_short_name_means_the_method():
 def test_form_answers_like_python():
     pytest.importorskip("ipywidgets")
     *menus, answer = guide.form().children
-    menus = {("size" if m.description.startswith("size") else m.description): m for m in menus}
+    menus = {menu.tooltip: menu for menu in menus}
+    assert all(menus[name].description == question.text for name, question in QUESTIONS.items())
     assert answer.value == guide.as_html(recommend("format"))
     for answers in ({"goal": "style", "data": "labels", "size": 7.0}, {"goal": "maximum", "memory": "limited"},
                     {"goal": "reasoning", "data": "problems", "check": "program", "size": 1.5}):

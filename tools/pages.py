@@ -1,6 +1,6 @@
-"""What every page gets that nobody should have to write: a roadmap at its top, and solutions that are folded away.
+"""What every page gets that nobody should have to write: a roadmap at its top, folded solutions, and no dead forms.
 
-`tools/site.py` calls this. Both are part of the notebooks, so JupyterLab shows them as the site does; running it twice
+`tools/site.py` calls this. All are part of the notebooks, so JupyterLab shows them as the site does; running it twice
 changes nothing.
 """
 
@@ -51,7 +51,7 @@ def roadmap(page: Notebook, top: Path, first: dict[str, Path]) -> str:
 
 
 def tidy(page: Notebook, top: Path, first: dict[str, Path]) -> str:
-    "The notebook's text with its roadmap as third cell and its solutions folded."
+    "The notebook's text with its roadmap as third cell, its solutions folded, and no widgets."
     text = page.path.read_text(encoding="utf-8")
     notebook = json.loads(text)
     cells = [cell for cell in notebook["cells"] if not "".join(cell["source"]).startswith(MARK)]
@@ -59,7 +59,9 @@ def tidy(page: Notebook, top: Path, first: dict[str, Path]) -> str:
                      "source": roadmap(page, top, first).splitlines(keepends=True)})
     for cell in cells:
         _fold(cell)
-    changed = {**notebook, "cells": cells}
+        _drop_widgets(cell)
+    metadata = {name: value for name, value in notebook["metadata"].items() if name != "widgets"}
+    changed = {**notebook, "cells": cells, "metadata": metadata}
     return text if changed == notebook else json.dumps(changed, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -71,6 +73,12 @@ def _fold(cell: dict) -> None:
     body = [line for line in source.splitlines() if line not in ("#| hide", *FOLD)]
     cell["source"] = "\n".join([*FOLD, *body]).splitlines(keepends=True)
     cell["metadata"] = {**cell["metadata"], "jupyter": {"source_hidden": True}}
+
+
+def _drop_widgets(cell: dict) -> None:
+    "A form lives as long as its kernel: in a file it is an error message."
+    if cell["cell_type"] == "code":
+        cell["outputs"] = [o for o in cell["outputs"] if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
 
 
 def made(pages: list[Notebook], top: Path) -> dict[Path, str]:
