@@ -14,7 +14,9 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import realign_core
 from .engine.policy import SHIPPED, find_snapshot, pick_backend
 from .errors import BackendError, ReAlignError
 from .notebook import Rows, run_folder, runs_root
@@ -33,6 +35,15 @@ class Finding:
     needed: bool = True  # without it nothing can be trained
 
 
+def _install(extra: str) -> str:
+    "The command that brings an extra: into a checkout's environment from the checkout."
+    checkout = (Path(realign_core.__file__).resolve().parents[1] / "settings.ini").is_file()
+    return f"pip install -e '.[{extra}]'" if checkout else f"pip install 'realign_core[{extra}]'"
+
+
+def _threads(n: int) -> str: return f"{n} thread{'s' if n > 1 else ''}"
+
+
 def _version(*packages: str) -> str:
     "Names and versions of the packages that are installed."
     found = [f"{p} {importlib.metadata.version(p)}" for p in packages if importlib.util.find_spec(p.replace("-", "_"))]
@@ -46,7 +57,7 @@ def _python() -> Finding:
 def _frameworks() -> Finding:
     found = _version("torch", "peft", "mlx", "mlx-lm", "transformers")
     whole = any(importlib.util.find_spec(a) and importlib.util.find_spec(b) for a, b in (("torch", "peft"), ("mlx", "mlx_lm")))
-    return Finding("frameworks", found or "none", whole, "pip install 'realign_core[torch]', or [mlx]")
+    return Finding("frameworks", found or "none", whole, f"{_install('torch')}, or [mlx]")
 
 # %% ../nbs/engine/19_doctor.ipynb #fdb5c3bb
 def _backend() -> Finding:
@@ -54,10 +65,10 @@ def _backend() -> Finding:
     try:
         name = pick_backend("auto")
     except BackendError as error:
-        return Finding("backend", str(error), False, "pip install 'realign_core[torch]', or [mlx]")
+        return Finding("backend", str(error), False, f"{_install('torch')}, or [mlx]")
     if name == "torch":
         import torch
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {_threads(torch.get_num_threads())}"
     else:
         import mlx.core as mx
         device = "GPU" if mx.default_device().type == mx.gpu else "CPU"
@@ -74,7 +85,7 @@ def _blas() -> Finding:
         blas = prepare_mlx()
     slow = any(ADVICE in str(w.message) for w in told)
     found = "MLX's reference BLAS, slow" if slow else "the framework's own"
-    found = f"{blas.name}, {blas.threads} threads, for MLX" if blas else found
+    found = f"{blas.name}, {_threads(blas.threads)}, for MLX" if blas else found
     return Finding("BLAS", found, not slow, "pip install scipy-openblas32", needed=False)
 
 
@@ -102,7 +113,7 @@ def _sandbox() -> Finding:
     try:
         return Finding("sandbox", f"{usable()[0]}, which held against its self-test", True)
     except ReAlignError as error:
-        todo = "pip install 'realign_core[rewards]', or the system's bubblewrap"
+        todo = f"{_install('rewards')}, or the system's bubblewrap"
         return Finding("sandbox", str(error), False, todo, needed=False)
 
 
@@ -113,15 +124,23 @@ def _runs() -> Finding:
         return Finding("folder for runs", str(error), False, "set REALIGN_RUNS to a folder that can be written to")
 
 
-EXTRAS = {"notebooks": ("papermill", "ipywidgets", "ipykernel"), "data": ("datasets", "datasketch", "zstandard"),
-          "rewards": ("math_verify",), "endpoint": ("openai",), "tasks": ("reasoning_gym",), "evals": ("lm_eval",),
-          "dev": ("nbdev", "jupyterlab", "pytest", "playwright")}
+EXTRAS = {  # name -> what it is for, and the modules that come with it
+    "notebooks": ("running pages, and the guide's form", ("papermill", "ipywidgets", "ipykernel")),
+    "data": ("rows by the million, finding duplicates", ("datasets", "datasketch", "yaml", "zstandard")),
+    "rewards": ("checking maths, the sandbox", ("math_verify",)),
+    "endpoint": ("a model behind an API, as teacher or judge", ("openai",)),
+    "tasks": ("reasoning-gym's tasks", ("reasoning_gym",)),
+    "search": ("abliteration's search", ("optuna",)),
+    "evals": ("lm-evaluation-harness", ("lm_eval",)),
+    "dev": ("make test, make lab", ("nbdev", "jupyterlab", "pytest", "playwright"))}
 
 
 def _extra(name: str) -> Finding:
-    missing = [module for module in EXTRAS[name] if importlib.util.find_spec(module) is None]
-    todo = "make test sets it up" if name == "dev" else f"pip install 'realign_core[{name}]'"
-    return Finding(f"extra {name}", f"without {', '.join(missing)}" if missing else "complete", not missing, todo, needed=False)
+    purpose, modules = EXTRAS[name]
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    todo = "make test sets it up" if name == "dev" else _install(name)
+    found = f"without {', '.join(missing)}: for {purpose}" if missing else "complete"
+    return Finding(f"extra {name}", found, not missing, todo, needed=False)
 
 
 def _browser() -> Finding:

@@ -150,7 +150,7 @@ def test_the_readme_table_has_every_method_with_its_page_and_its_kept_effect():
     assert set(registry.names()) <= set(rows)
     for name, entry in rows.items():
         start = f"| **{entry.title}** [`{name}`](nbs/{entry.page}) |"
-        line = next(line for line in text.splitlines() if line.startswith(start))
+        line = next(line for line in text.splitlines() if line.startswith(start)).replace("\u00a0", " ")
         for r in guide.records(entry):
             if r["seed"] == 0 and r["effect"]:
                 assert notebook.interval_text(r["effect"]) in line

@@ -104,8 +104,11 @@ def _figure(run: Run, names: tuple[str, ...]):
     "One panel per metric; a metric and its held-out twin share one."
     import matplotlib.pyplot as plt
     panels = list(dict.fromkeys(n.removeprefix("eval_") for n in names))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 2.8), layout="constrained", squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
+    across, down = min(len(panels), 3), -(-len(panels) // 3)  # more than three beside each other are too small to read
+    figure, axes = plt.subplots(down, across, figsize=(4.2 * across, 2.8 * down), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels):]:
+        axis.remove()
+    for axis, panel in zip(axes.flat, panels, strict=False):
         for name in (n for n in names if n.removeprefix("eval_") == panel):
             _curve(axis, *run.series(name), held_out=name.startswith("eval_"))
         axis.set(xlabel="step", ylabel=UNITS.get(panel, panel.replace("_", " ")))
