@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,7 +34,7 @@ from realign_core.engine.policy import (
     write_state)
 
 # %% auto #0
-__all__ = ['ROOM', 'PLAIN', 'pick_device', 'own_random', 'load_model', 'target_states', 'Head', 'target_logps',
+__all__ = ['ROOM', 'PLAIN', 'pick_device', 'own_random', 'later', 'load_model', 'target_states', 'Head', 'target_logps',
            'frozen_head_logps', 'scatter', 'Reading', 'attend', 'shared_states', 'choose', 'nucleus', 'prefill',
            'append', 'select', 'seen', 'merged', 'whole', 'turned', 'normed', 'Blocks', 'Modules', 'decode',
            'adapted_layers', 'add_adapters', 'layer_parameters', 'write_layer', 'residual_stream', 'attached',
@@ -50,6 +52,30 @@ def own_random(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 
+# %% ../../nbs/engine/03_torch.ipynb #02f2cff5
+@contextmanager
+def later(name: str, *functions: str) -> Iterator[None]:
+    "While the block imports other modules, `from name import function` costs nothing until the function is called."
+    missing = importlib.util.find_spec(name.partition(".")[0]) is None
+    if name in sys.modules or missing:
+        yield
+        return
+    stand_in, places = ModuleType(name), importlib.util.find_spec(name).submodule_search_locations
+
+    def real(wanted):
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]
+        return getattr(importlib.import_module(name), wanted)
+
+    def calling(wanted): return lambda *args, **kwargs: real(wanted)(*args, **kwargs)
+    vars(stand_in).update({wanted: calling(wanted) for wanted in functions}, __getattr__=real, __path__=places or [])
+    sys.modules[name] = stand_in
+    try:
+        yield
+    finally:
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]
+
 # %% ../../nbs/engine/03_torch.ipynb #4116ba83
 def load_model(
     folder: str | Path,           # a Hugging Face snapshot
@@ -58,6 +84,8 @@ def load_model(
     reward: bool = False,         # a scalar head (`score`, random unless stored) in place of the language model's
 ) -> nn.Module:
     "A causal language model, or a reward model, in evaluation mode; raises `ModelError` with what is wrong."
+    with later("scipy.optimize", "linear_sum_assignment"):
+        import transformers.loss.loss_utils  # noqa: F401
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
     auto, label = (AutoModelForSequenceClassification, {"num_labels": 1}) if reward else (AutoModelForCausalLM, {})
     device = device or pick_device()
