@@ -174,3 +174,42 @@ def test_dropped_rows_leave_the_buffers_of_the_others_as_they_are():
             select(ours, keep)
             plain.batch_select_indices(keep)
         assert torch.equal(ours.keys, plain.keys) and torch.equal(ours.values, plain.values)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_plain_blocks_are_the_models_own(snapshot, family):
+    "Padding, grouped heads, biases, dropped rows, a buffer that grows: token for token what the modules give."
+    from realign_core.engine import torch_policy as module
+    policy = open_policy(snapshot(family), lora=LoRA(rank=2, targets=("q_proj", "o_proj", "up_proj")), dtype="float32")
+    with torch.no_grad():
+        for p in policy._trainable().values():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    prompts, found = [[1, 30, 31, 32], [1, 40], [1, 30, 31, 32]], []
+    with torch.no_grad(), module.merged(policy._layers):
+        for kind in (module.Blocks, module.Modules):
+            cache, attend, _ = module.prefill(policy.model, prompts)
+            assert module.Blocks.fit(policy.model, cache)
+            further, positions, states = kind(policy.model, cache), attend.sum(-1), []
+            for step in range(module.ROOM + 3):
+                if step == 2:
+                    further.select(torch.tensor([1, 2]))
+                    attend, positions = attend[1:], positions[1:]
+                attend = torch.nn.functional.pad(attend, (0, 1), value=1)
+                states.append(further(torch.arange(50, 50 + len(attend)) + step % 7, positions, attend))
+                positions = positions + 1
+            found.append(torch.cat(states))
+    assert (found[0] - found[1]).abs().max() <= 1e-4 * found[1].abs().max()
+
+
+def test_what_hangs_on_a_module_is_heeded_while_writing(snapshot):
+    "Hooks, DoRA and other families go through the modules."
+    from realign_core.engine import torch_policy as module
+    policy = open_policy(snapshot("llama"))
+    calls, plain = [], policy.generate([[1, 30, 31]], max_tokens=6, temperature=0.0)
+    hook = policy.model.base_model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: calls.append(1))
+    assert policy.generate([[1, 30, 31]], max_tokens=6, temperature=0.0)[0][0].ids == plain[0][0].ids
+    assert len(calls) == len(plain[0][0].ids)
+    hook.remove()
+    for other in (open_policy(snapshot("llama"), lora=LoRA(rank=2, dora=True)), open_policy(snapshot("gemma"))):
+        with module.merged(other._layers):
+            assert not module.Blocks.fit(other.model, module.prefill(other.model, [[1, 30]])[0])

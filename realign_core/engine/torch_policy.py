@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,10 +34,11 @@ from realign_core.engine.policy import (
     write_state)
 
 # %% auto #0
-__all__ = ['ROOM', 'pick_device', 'own_random', 'load_model', 'target_states', 'Head', 'target_logps', 'frozen_head_logps',
-           'scatter', 'Reading', 'attend', 'shared_states', 'choose', 'nucleus', 'prefill', 'append', 'select', 'seen',
-           'merged', 'decode', 'adapted_layers', 'add_adapters', 'layer_parameters', 'write_layer', 'residual_stream',
-           'attached', 'Optimizer', 'check_scores', 'TorchPolicy', 'TorchReward', 'TorchValue']
+__all__ = ['ROOM', 'PLAIN', 'pick_device', 'own_random', 'later', 'load_model', 'target_states', 'Head', 'target_logps',
+           'frozen_head_logps', 'scatter', 'Reading', 'attend', 'shared_states', 'choose', 'nucleus', 'prefill',
+           'append', 'select', 'seen', 'merged', 'whole', 'turned', 'normed', 'Blocks', 'Modules', 'decode',
+           'adapted_layers', 'add_adapters', 'layer_parameters', 'write_layer', 'residual_stream', 'attached',
+           'Optimizer', 'check_scores', 'TorchPolicy', 'TorchReward', 'TorchValue']
 
 # %% ../../nbs/engine/03_torch.ipynb #cecdbe8c
 def pick_device() -> torch.device:
@@ -48,6 +52,30 @@ def own_random(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 
+# %% ../../nbs/engine/03_torch.ipynb #02f2cff5
+@contextmanager
+def later(name: str, *functions: str) -> Iterator[None]:
+    "While the block imports other modules, `from name import function` costs nothing until the function is called."
+    missing = importlib.util.find_spec(name.partition(".")[0]) is None
+    if name in sys.modules or missing:
+        yield
+        return
+    stand_in, places = ModuleType(name), importlib.util.find_spec(name).submodule_search_locations
+
+    def real(wanted):
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]
+        return getattr(importlib.import_module(name), wanted)
+
+    def calling(wanted): return lambda *args, **kwargs: real(wanted)(*args, **kwargs)
+    vars(stand_in).update({wanted: calling(wanted) for wanted in functions}, __getattr__=real, __path__=places or [])
+    sys.modules[name] = stand_in
+    try:
+        yield
+    finally:
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]
+
 # %% ../../nbs/engine/03_torch.ipynb #4116ba83
 def load_model(
     folder: str | Path,           # a Hugging Face snapshot
@@ -56,6 +84,8 @@ def load_model(
     reward: bool = False,         # a scalar head (`score`, random unless stored) in place of the language model's
 ) -> nn.Module:
     "A causal language model, or a reward model, in evaluation mode; raises `ModelError` with what is wrong."
+    with later("scipy.optimize", "linear_sum_assignment"):
+        import transformers.loss.loss_utils  # noqa: F401
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
     auto, label = (AutoModelForSequenceClassification, {"num_labels": 1}) if reward else (AutoModelForCausalLM, {})
     device = device or pick_device()
@@ -256,9 +286,11 @@ def choose(
     if temperature == 0:
         tokens = logits.argmax(-1)
     else:
-        probs = nucleus((logits / temperature).softmax(-1), top_p)
-        total = probs.double().cumsum(-1)
+        plain = (logits if temperature == 1 else logits / temperature).softmax(-1)
+        total = nucleus(plain, top_p).cumsum(-1, dtype=torch.float64)
         tokens = torch.searchsorted(total, noise[:, None] * total[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        if temperature == 1:
+            return tokens, plain.gather(-1, tokens[:, None])[:, 0].log()
     return tokens, logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
 
@@ -353,6 +385,106 @@ def merged(
             del layer.forward
 
 # %% ../../nbs/engine/03_torch.ipynb #d5a0cab7
+PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # families whose blocks are the plain ones
+
+
+def whole(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    "Weight (out, in) and bias of a linear layer, or of one that `merged` has put together with its adapter; None for others."
+    if "forward" in vars(layer):
+        return layer.forward.keywords["weight"], layer.forward.keywords["bias"]
+    return (layer.weight, layer.bias) if type(layer) is nn.Linear else None
+
+
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    "Rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34) of (R, H, d); `sin` has the sign of each half already."
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def normed(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    "x (…, D) over its root mean square, times the norm's weights."
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+class Blocks:
+    "The layers of a plain family on a CPU in float32, one further token of each row at a time."
+
+    def __init__(self, model: nn.Module, cache: Any):
+        self.backbone, self.held, self.length = model.base_model, [], cache.layers[0].keys.shape[2]
+        for layer in cache.layers:
+            self.held.append(F.pad(torch.stack([layer.keys, layer.values]), (0, 0, 0, ROOM)))  # (2, R, K, L + ROOM, d)
+            layer.keys = layer.values = None
+        self.layers = [self._layer(block.self_attn, block.mlp, block) for block in self.backbone.layers]
+        if sum(4 * weight.numel() for layer in self.layers for weight, _ in layer.read) <= CHUNK_BYTES:
+            for layer in self.layers:  # one product, not three
+                layer.read = [tuple(None if x[0] is None else torch.cat(x) for x in zip(*layer.read, strict=True))]
+
+    @staticmethod
+    def _layer(attention: nn.Module, mlp: nn.Module, block: nn.Module) -> SimpleNamespace:
+        "What one layer needs, found once."
+        read, heads = [whole(x) for x in (attention.q_proj, attention.k_proj, attention.v_proj)], attention.head_dim
+        return SimpleNamespace(
+            read=read, heads=read[0][0].shape[0] // heads, scaling=attention.scaling, norm=block.input_layernorm,
+            each=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None, out=whole(attention.o_proj),
+            second=block.post_attention_layernorm, gate=whole(mlp.gate_proj), up=whole(mlp.up_proj), down=whole(mlp.down_proj))
+
+    @staticmethod
+    def fit(model: nn.Module, cache: Any) -> bool:
+        "Can this model do without transformers' calls?"
+        from transformers.cache_utils import DynamicLayer
+        config, modules = model.config, list(model.base_model.modules())
+        return (config.model_type in PLAIN and config.hidden_act == "silu" and config._attn_implementation == "sdpa"
+                and model.device.type == "cpu" and model.dtype == torch.float32
+                and all(type(layer) is DynamicLayer for layer in cache.layers)
+                and not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+                and all(whole(m) for m in modules if isinstance(m, nn.Linear) or hasattr(m, "lora_A")))
+
+    def select(self, rows: torch.Tensor) -> None: # (kept,) indices
+        "Drop the other rows."
+        for i, held in enumerate(self.held):
+            self.held[i] = held[:, rows]
+
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, attend: torch.Tensor | None) -> torch.Tensor:
+        "Hidden states (R, D) after tokens (R,) at positions (R,); `attend` (R, L + 1) is 0 where there is padding."
+        x, self.length = self.backbone.embed_tokens(tokens), self.length + 1
+        if self.held[0].shape[3] < self.length:
+            self.held = [F.pad(held, (0, 0, 0, ROOM)) for held in self.held]
+        cos, sin = self.backbone.rotary_emb(x, positions[:, None])  # (R, 1, d)
+        sin = torch.cat([-sin[..., :sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2:]], -1)
+        mask = None if attend is None else (1.0 - attend[:, None]) * torch.finfo(torch.float32).min
+        for layer, held in zip(self.layers, self.held, strict=True):
+            x = x + self._attention(layer, normed(layer.norm, x), cos, sin, *held, mask)
+            h = normed(layer.second, x)
+            x = x + F.linear(F.silu(F.linear(h, *layer.gate)).mul_(F.linear(h, *layer.up)), *layer.down)
+        return normed(self.backbone.norm, x)
+
+    def _attention(self, layer, x, cos, sin, keys, values, mask) -> torch.Tensor:
+        "(R, D) -> (R, D); cos, sin (R, 1, d); keys, values (R, K, ≥ L, d), a token is added; mask (R, 1, L) or None."
+        (rows, several, _, width), end, read = keys.shape, self.length, [F.linear(x, *each) for each in layer.read]
+        read = read[0] if len(read) == 1 else torch.cat(read, -1)
+        q, k, v = read.view(rows, -1, width).split([layer.heads, several, several], 1)
+        if layer.each:
+            q, k = normed(layer.each[0], q), normed(layer.each[1], k)
+        keys[:, :, end - 1], values[:, :, end - 1] = turned(k, cos, sin), v
+        q = turned(q * layer.scaling, cos, sin).reshape(rows * several, -1, width)
+        scores = torch.bmm(q, keys[:, :, :end].flatten(0, 1).transpose(1, 2))
+        if mask is not None:
+            scores.view(rows, -1, end).add_(mask)
+        return F.linear(torch.bmm(scores.softmax(-1), values[:, :, :end].flatten(0, 1)).view(rows, -1), *layer.out)
+
+# %% ../../nbs/engine/03_torch.ipynb #2b8844bb
+class Modules:
+    "The same by the model's own call, for every family and device."
+
+    def __init__(self, model: nn.Module, cache: Any):
+        self.model, self.cache, self.select = model, cache, cache.batch_select_indices
+
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, attend: torch.Tensor | None) -> torch.Tensor:
+        "As `Blocks.__call__`."
+        mask = None if attend is None else seen(self.model, self.cache, attend)
+        return self.model.base_model(input_ids=tokens[:, None], attention_mask=mask, position_ids=positions[:, None],
+                                     past_key_values=self.cache, use_cache=True).last_hidden_state[:, -1]
+
+
 @torch.no_grad()
 def decode(
     model: nn.Module,
@@ -367,6 +499,7 @@ def decode(
         head = head.packed(len(prompts))
     cache, attend, hidden = prefill(model, prompts, written.apart)
     padded, positions = not bool(attend.all()), attend.sum(-1)
+    further = (Blocks if Blocks.fit(model, cache) else Modules)(model, cache)
     while True:
         noise = None if written.uniform is None else torch.from_numpy(written.uniform).to(model.device)
         tokens, logps = choose(head(hidden), temperature, top_p, noise)
@@ -376,10 +509,9 @@ def decode(
         if len(keep) < len(tokens):
             keep = torch.from_numpy(keep).to(model.device)
             tokens, attend, positions = tokens[keep], attend[keep], positions[keep]
-            cache.batch_select_indices(keep)
+            further.select(keep)
         attend = F.pad(attend, (0, 1), value=1)
-        hidden = model.base_model(input_ids=tokens[:, None], attention_mask=seen(model, cache, attend) if padded else None,
-                                  position_ids=positions[:, None], past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        hidden = further(tokens, positions, attend if padded else None)
         positions = positions + 1
 
 # %% ../../nbs/engine/03_torch.ipynb #52862741
