@@ -386,6 +386,20 @@ def test_retention_is_paired_and_of_each_benchmark():
     assert rlvr.retention([0.0, 0.0], [1.0, 0.0]) is None
 
 
+@pytest.mark.parametrize(("lost", "opens"), [(0.01, True), (0.08, False)])
+def test_the_ruler_of_retention_is_finer_than_its_margin(lost, opens):
+    "By as many answers as the stages ask for: one right answer in a hundred lost always passes, eight never do."
+    n, samples = (rlvr.evaluation.__kwdefaults__[name] for name in ("n_benchmark", "benchmark_samples"))
+    limit = rlvr.evaluation.__kwdefaults__["least_kept"]
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        easy = rng.beta(2, 0.5, (n, 1))
+        before, again, touched, forgot = (rng.random((n, samples)) < p for p in (easy, easy, 0.15, lost))
+        after = np.where(touched, again, before) & ~forgot   # 15 % of the answers are drawn anew, some are forgotten
+        kept = rlvr.retention(before.mean(axis=1).tolist(), after.mean(axis=1).tolist())
+        assert Figure("kept", kept, limit).holds == opens
+
+
 # ── RLVR: real policies that go wrong ───────────────────────────────────────────────────────────────────────────────────
 
 def functions(n, split, seed):

@@ -182,8 +182,8 @@ def preparation(
     lora: int | None = None,        # rank of adapters; None: all weights
     sft_steps: int = 4,             # on worked answers, the cold start; 0: the model is tuned already
     sft_lr: float = 1e-4,
-    n_benchmark: int = 250,         # prompts of each benchmark
-    benchmark_samples: int = 4,     # answers to each
+    n_benchmark: int = 300,         # prompts of each benchmark
+    benchmark_samples: int = 6,     # answers to each
     max_tokens: int = 64,
     seed: int = 0,
 ) -> Prepared:
@@ -396,7 +396,7 @@ def optimisation(
     method: str = "grpo",           # or any other online one
     params: dict | None = None,     # its settings
     steps: int = 10,
-    lr: float = 2e-4,
+    lr: float = 1e-4,
     batch_size: int = 16,
     samples: int = 2,
     most_kl: float = 0.1,           # nats per token
@@ -447,7 +447,7 @@ def iteration(
     params: dict | None = None,
     rounds: int = 1,                # at most, after the first
     steps: int = 10,
-    lr: float = 2e-4,
+    lr: float = 1e-4,
     batch_size: int = 16,
     samples: int = 2,
     most_kl: float = 0.1,
@@ -522,8 +522,8 @@ def evaluation(
     domain: str | Domain = "maths",
     backend: str = "auto",
     lora: int | None = None,
-    n_benchmark: int = 250,
-    benchmark_samples: int = 4,
+    n_benchmark: int = 300,
+    benchmark_samples: int = 6,
     least_kept: float = 0.95,
     most_false: float = 0.05,
     most_kl: float = 0.1,
