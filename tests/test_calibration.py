@@ -9,6 +9,10 @@ import pytest
 from conftest import BACKENDS
 
 from realign_core import fit, load
+from realign_core.engine.batching import collate
+from realign_core.engine.encoding import Encoder, Example
+from realign_core.engine.encoding import Sequence as Tokens
+from realign_core.engine.policy import Completion
 from realign_core.errors import DataError
 from realign_core.evaluate import calibration as cal
 from realign_core.evaluate.metrics import ask
@@ -180,6 +184,96 @@ def test_platt_scaling_is_the_best_of_its_neighbours():
             cal.fit_platt(logits, label)
 
 
+# More than one number
+
+def test_logistic_regression_is_the_minimum_of_its_loss():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 3)) * [1, 10, 0.1] + [0, 5, 1]
+    y = (rng.random(200) < cal.scaled(x[:, 0] + 0.2 * (x[:, 1] - 5), 1.0)).astype(float)
+    fitted = cal.fit_logistic(x, y, 0.01)
+    z = (x - x.mean(0)) / x.std(0)
+
+    def loss(w, b):
+        p = cal.scaled(z @ w + b, 1.0)
+        return -np.mean(np.log(np.where(y == 1, p, 1 - p))) + 0.005 * w @ w
+    least = loss(fitted.weights, fitted.offset)
+    for i in range(4):
+        for by in (-1e-3, 1e-3):
+            moved = np.append(fitted.weights, fitted.offset) + by * (np.arange(4) == i)
+            assert loss(moved[:3], moved[3]) > least
+    assert np.allclose(fitted(x), cal.scaled(fitted.log_odds(x), 1.0))
+    assert np.allclose(cal.fit_logistic(x * [2, 3, 4] - 7, y, 0.01)(x * [2, 3, 4] - 7), fitted(x))  # units do not matter
+    assert np.isclose(cal.fit_logistic(x, y, 1e6)(x), y.mean(), atol=1e-3).all()  # all penalty: the average alone
+
+
+def test_logistic_regression_bears_constants_and_perfect_separation():
+    x, y = np.c_[np.arange(20.0), np.full(20, 3.0)], (np.arange(20) > 9).astype(int)
+    fitted = cal.fit_logistic(x, y, 1e-4)
+    assert np.isfinite(fitted.weights).all() and fitted.weights[1] == 0
+    assert ((fitted(x) > 0.5) == y).all()
+    assert np.allclose(fitted(np.c_[np.arange(20.0), np.full(20, 9.0)]), fitted(x))  # what was constant has no say later
+
+
+def test_beta_calibration_holds_platt_and_can_level_off():
+    c = np.random.default_rng(0).random(500)
+    terms = cal.beta_terms(c)
+    assert np.allclose(terms.sum(axis=1), cal.log_odds(c, 1e-4)) and np.isfinite(cal.beta_terms([0.0, 1.0])).all()
+    h = (np.random.default_rng(1).random(500) < 0.6 * c**2).astype(int)
+    beta = cal.fit_logistic(terms, h)(terms)
+    a, b = cal.fit_platt(cal.log_odds(c), h)
+    assert abs(beta - 0.6 * c**2).mean() < abs(cal.scaled(a * cal.log_odds(c) + b, 1.0) - 0.6 * c**2).mean()
+
+
+def test_isotonic_steps_are_the_best_rising_fit():
+    c, h = columns(60, steps=12)
+    steps = cal.fit_isotonic(c, h)
+    assert (np.diff(steps.heights) > 0).all() and np.isclose(steps(c).mean(), h.mean())
+    levels = np.unique(c)
+    shares = np.array([h[c == x].mean() for x in levels])
+    counts = np.array([(c == x).sum() for x in levels])
+    for i, x in enumerate(levels):  # max-min formula of isotonic regression (Barlow et al. 1972)
+        best = max(min(shares[a:b] @ counts[a:b] / counts[a:b].sum() for b in range(i + 1, len(levels) + 1))
+                   for a in range(i + 1))
+        assert steps([x])[0] == pytest.approx(best)
+    assert steps([0.0])[0] == steps.heights[0] and steps([1.0])[0] == steps.heights[-1]
+
+
+def test_who_is_held_out_is_not_fitted_to():
+    rng = np.random.default_rng(0)
+    groups = np.repeat([f"thing {i}" for i in range(10)], 6)
+    x, y = rng.normal(size=(60, 2)), rng.integers(0, 2, 60)
+    p = cal.held_out(x, y, groups, 0.1, folds=10)
+    for name in set(groups):  # one fold a group: each is judged by a fit to all the others
+        out = groups == name
+        assert np.allclose(p[out], cal.fit_logistic(x[~out], y[~out], 0.1)(x[out]))
+    turned = np.where(groups == "thing 3", 1 - y, y)
+    assert np.allclose(cal.held_out(x, turned, groups, 0.1, folds=10)[groups == "thing 3"], p[groups == "thing 3"])
+    assert (cal.held_out(x, y, groups, 0.1) == cal.held_out(x, y, groups, 0.1)).all()
+
+
+@pytest.mark.parametrize(("call", "words"), [
+    (lambda: cal.fit_logistic([[1.0], [2.0]], [1, 1]), "all answers are of one class; found '2 right of 2'"),
+    (lambda: cal.fit_logistic([[1.0], [NAN]], [0, 1]), "row 2, field 'features': a number that is not finite"),
+    (lambda: cal.fit_logistic([["a"], ["b"]], [0, 1]), "not numbers"),
+    (lambda: cal.fit_logistic([1.0, 2.0], [0, 1]), "not a table of numbers"),
+    (lambda: cal.fit_logistic(np.zeros((0, 3)), []), "not a table of numbers"),
+    (lambda: cal.fit_logistic([[1.0], [2.0]], [0, 1, 1]), "nothing to fit"),
+    (lambda: cal.fit_logistic([[1.0], [2.0]], [0, 1], penalty=0.0), "nothing to fit"),
+    (lambda: cal.fit_logistic([[1.0], [2.0]], [0, 0.5]), "neither right nor wrong"),
+    (lambda: cal.fit_logistic([[1.0], [2.0]], [0, 1])([[1.0, 2.0]]), "numbers of another width; found 2; wanted 1"),
+    (lambda: cal.held_out([[1.0]] * 4, [0, 1, 0, 1], ["a", "a", "b", "b"]), "cannot be held out"),
+    (lambda: cal.held_out([[1.0]] * 4, [0, 1, 0, 1], ["a", "b"], folds=2), "cannot be held out"),
+    (lambda: cal.held_out([[1.0]] * 4, [0, 0, 1, 1], ["a", "a", "b", "b"], folds=2), "all answers are of one class"),
+    (lambda: cal.beta_terms([0.5, 1.5]), "row 2, field 'confidence'"),
+    (lambda: cal.fit_isotonic([0.5, 1.5], [0, 1]), "row 2, field 'confidence'"),
+    (lambda: cal.fit_isotonic([0.5], [0.3]), "neither right nor wrong"),
+    (lambda: cal.fit_isotonic([0.5], [1])([2.0]), "not a probability"),
+])
+def test_a_fit_refuses_what_it_cannot_take(call, words):
+    with pytest.raises(DataError, match=words):
+        call()
+
+
 # What is refused
 
 TWO = [cal.ece, cal.adaptive_ece, cal.brier, cal.decomposition, cal.auroc, cal.reliability, cal.risk_coverage, cal.aurc,
@@ -316,6 +410,33 @@ def test_the_probability_of_the_words_is_that_of_their_tokens(policy):
     assert found == pytest.approx(float(np.exp(completion.logps[last])), rel=1e-5)
     assert method.word_probability(completion, "nowhere", policy.tokenizer) == 0.5
     assert method.word_probability(completion, None, policy.tokenizer) == 0.5
+
+
+def test_states_of_answers_are_read_where_they_say(policy):
+    prompts = ["What is the colour of the morven?", [{"role": "user", "content": "What is 12 + 30?"}], "Tell me 3 + 4."]
+    answers = [c[0] for c in ask(policy, prompts, temperature=1.0, seed=1)]
+    found = method.answer_states(policy, prompts, answers)
+    width, layers = policy.sizes()
+    assert tuple(found) == method.READINGS and all(x.shape == (layers + 1, 3, width) for x in found.values())
+    encoder = Encoder(policy.tokenizer, policy.max_length)
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):  # by hand, one at a time
+        head = encoder.prompt(prompt)
+        ids = [*head, *answer.ids]
+        states = policy.hidden_states(collate([Example((Tokens(ids, [False] * len(head) + [True] * len(answer.ids)),))]))[:, 0]
+        for name, wanted in (("prompt", states[:, len(head) - 1]), ("last", states[:, len(ids) - 1]),
+                             ("mean", states[:, len(head):len(ids)].mean(axis=1))):
+            assert np.allclose(found[name][:, i], wanted, atol=1e-4)
+    alone = method.answer_states(policy, prompts, answers, batch_size=1)
+    assert all(np.allclose(found[name], alone[name], atol=1e-4) for name in found)
+
+
+def test_states_of_no_answers_are_refused(policy):
+    answer = ask(policy, ["Why?"], max_tokens=4)[0][0]
+    for prompts, answers in (([], []), (["Why?"], []), (["Why?"], [answer, answer])):
+        with pytest.raises(DataError, match="not an answer to each question"):
+            method.answer_states(policy, prompts, answers)
+    with pytest.raises(DataError, match="row 2, field 'completions': an answer without tokens"):
+        method.answer_states(policy, ["Why?"] * 2, [answer, Completion((), np.zeros(0), True, "")])
 
 
 def test_who_was_never_taught_states_nothing(policy):

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from realign_core.data.formats import read
-from realign_core.engine.encoding import Dropped, Encoder, Example, Sequence, colour_tokens, encode_rows, token_texts
+from realign_core.engine.encoding import (
+    Dropped,
+    Encoder,
+    Example,
+    Sequence,
+    colour_tokens,
+    encode_rows,
+    text_span,
+    token_texts,
+)
 from realign_core.errors import DataError, ModelError
 from realign_core.methods import dpo, sft
 from snapshots import CHAT_TEMPLATE, make_tokenizer
@@ -272,6 +281,21 @@ def test_token_texts_join_to_the_text():
     text = "Two plus three is 5, naïve café ☕ 漢字"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert "".join(token_texts(tokenizer, ids)) == text and len(token_texts(tokenizer, ids)) == len(ids)
+
+
+def test_a_span_is_the_last_place_where_a_text_stands():
+    tokenizer = make_tokenizer()
+    ids = tokenizer("It is red, and red it is: naïve 🙂 red")["input_ids"]
+    pieces = token_texts(tokenizer, ids)
+    for text in ("red", "red, and", "naïve", "🙂", "is: na"):
+        inside = np.flatnonzero(span := text_span(tokenizer, ids, text))
+        first, last = inside[0], inside[-1]
+        assert span[first:last + 1].all() and text in "".join(pieces[first:last + 1])  # without a gap, and no token too few
+        assert text not in "".join(pieces[first + 1:last + 1]) or not pieces[first]
+        assert text not in "".join(pieces[first:last]) and text not in "".join(pieces[last + 1:])
+        assert "\ufffd" not in tokenizer.decode(np.array(ids)[span].tolist())  # every byte of a character
+    assert text_span(tokenizer, ids, "blue") is None and text_span(tokenizer, ids, "") is None
+    assert text_span(tokenizer, [], "red") is None
 
 
 def test_colours_escape_html_and_mark_targets():

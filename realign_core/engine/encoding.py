@@ -20,7 +20,7 @@ from ..errors import DataError, ModelError
 
 # %% auto #0
 __all__ = ['Sequence', 'Example', 'Dropped', 'Report', 'ChatTokens', 'quiet', 'load_tokenizer', 'stop_tokens', 'Turns', 'Window',
-           'Conversations', 'Encoder', 'token_texts', 'ColouredTokens', 'colour_tokens', 'encode_rows']
+           'Conversations', 'Encoder', 'token_texts', 'ColouredTokens', 'colour_tokens', 'text_span', 'encode_rows']
 
 # %% ../../nbs/engine/07_encoding.ipynb #0f651886
 @dataclass(frozen=True)
@@ -446,6 +446,22 @@ def colour_tokens(
     "The text of a sequence with the loss-bearing tokens coloured (⟦bracketed⟧ in plain text)."
     sequences = sequence.sequences if isinstance(sequence, Example) else (sequence,)
     return ColouredTokens(tuple((token_texts(tokenizer, s.ids), s.mask.tolist()) for s in sequences))
+
+# %% ../../nbs/engine/07_encoding.ipynb #32b83eb4
+def text_span(
+    tokenizer,              # a transformers tokenizer
+    ids,                    # (T,) token ids
+    text: str,              # what to look for
+) -> np.ndarray | None:     # (T,) bool; None when the text stands nowhere
+    "The tokens that spell the last occurrence of a text: all whose probabilities make up the text's."
+    pieces = token_texts(tokenizer, ids)
+    if not text or (start := "".join(pieces).rfind(text)) < 0:
+        return None
+    ends = np.cumsum([len(p) for p in pieces])
+    begins = ends - [len(p) for p in pieces]
+    for i in reversed(range(len(pieces) - 1)):  # the first bytes of a character belong to its last
+        ends[i] = ends[i] if pieces[i] else ends[i + 1]
+    return (ends > start) & (begins < start + len(text))
 
 # %% ../../nbs/engine/07_encoding.ipynb #d744e38b
 def encode_rows(

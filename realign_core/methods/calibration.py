@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.encoding import Encoder
+from ..engine.batching import collate
+from ..engine.encoding import Encoder, Example, text_span
+from ..engine.encoding import Sequence as Tokens
 from ..errors import DataError
 from .registry import Card
 
 # %% auto #0
-__all__ = ['CARD', 'ASK', 'second_turn', 'say', 'stated', 'RLCR', 'word_probability', 'agreement', 'binned', 'confidences']
+__all__ = ['CARD', 'ASK', 'READINGS', 'second_turn', 'say', 'stated', 'RLCR', 'word_probability', 'agreement', 'binned',
+           'confidences', 'answer_states']
 
 # %% ../../nbs/methods/22_calibration.ipynb #34c10339
 CARD = Card(
@@ -81,12 +84,8 @@ def word_probability(
     tokenizer: Any,
 ) -> float:                  # 0 to 1; 0.5 where no answer stands in the text
     "Probability of the tokens that spell the answer, where it stands last, given all before them."
-    pieces = [tokenizer.decode([i]) for i in completion.ids]
-    ends, at = np.cumsum([0, *map(len, pieces)]), -1 if answer is None else "".join(pieces).rfind(str(answer))
-    if at < 0:
-        return 0.5
-    inside = [i for i, piece in enumerate(pieces) if ends[i] < at + len(str(answer)) and ends[i + 1] > at and piece.strip()]
-    return float(np.exp(completion.logps[inside].sum()))
+    inside = None if answer is None else text_span(tokenizer, completion.ids, str(answer))
+    return 0.5 if inside is None else float(np.exp(completion.logps[inside].sum()))
 
 # %% ../../nbs/methods/22_calibration.ipynb #38191caf
 def agreement(
@@ -131,3 +130,33 @@ def confidences(
     return np.array([np.nan if q is None else q for q in said])
 
 
+
+# %% ../../nbs/methods/22_calibration.ipynb #28072a5a
+READINGS = ("prompt", "last", "mean")
+
+
+def answer_states(
+    policy: Any,                  # a `Policy`
+    prompts: Sequence,            # N questions, text or messages
+    completions: Sequence,        # N `Completion`s, its answers to them
+    batch_size: int = 64,         # answers read at once
+) -> dict[str, np.ndarray]:       # reading -> (L + 1, N, D) float32
+    """The residual stream at the question's last token ("prompt": arXiv 2207.05221), at the answer's last one and on
+    average over the answer ("last", "mean": arXiv 2304.13734); raises `DataError`."""
+    if len(prompts) != len(completions) or not len(prompts):
+        raise DataError("not an answer to each question", found=(len(prompts), len(completions)), wanted="equal numbers, above 0")
+    encoder, made, parts = Encoder(policy.tokenizer, policy.max_length, truncation="left"), [], []
+    for row, (prompt, c) in enumerate(zip(prompts, completions, strict=True), 1):
+        if not len(c.ids):
+            raise DataError("an answer without tokens", row=row, field="completions", wanted="at least one token")
+        head = encoder.prompt(prompt, answer=len(c.ids))
+        made.append(Example((Tokens([*head, *c.ids], [False] * len(head) + [True] * len(c.ids)),)))
+    order = np.argsort([len(example.sequences[0].ids) for example in made], kind="stable")  # little padding
+    for start in range(0, len(made), batch_size):
+        batch = collate([made[i] for i in order[start:start + batch_size]])
+        inside, column = np.asarray(batch.mask), np.arange(batch.mask.shape[1])
+        first, last = inside.argmax(axis=1)[:, None], np.where(inside, column, 0).max(axis=1)[:, None]
+        weights = np.stack([column == first - 1, column == last, inside / inside.sum(axis=1, keepdims=True)], axis=1)
+        parts.append(weights.astype(np.float32) @ policy.hidden_states(batch))  # (L + 1, B, 3, D)
+    found = np.concatenate(parts, axis=1)[:, np.argsort(order)]
+    return {name: found[:, :, i] for i, name in enumerate(READINGS)}

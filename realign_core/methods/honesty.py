@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.batching import collate
-from ..engine.encoding import Encoder, Example, token_texts
+from ..engine.encoding import Encoder, Example, text_span
 from ..engine.encoding import Sequence as Tokens
 from ..errors import DataError, ReAlignError
 from ..evaluate.metrics import Interval, ask, bootstrap, proportion
@@ -125,14 +125,6 @@ def probe(
                   np.array([float(a.logps.sum()) for a in greedy]), np.array(agreement),
                   np.array([abs(float((p * np.log(p)).sum())) for p in shares]))
 
-# %% ../../nbs/methods/23_honesty.ipynb #6eb665b8
-def _span(tokenizer: Any, ids: list[int], text: str) -> np.ndarray | None:  # (T,) bool
-    "The tokens of the last place where the text stands; None when it stands nowhere."
-    pieces = token_texts(tokenizer, ids)
-    start = "".join(pieces).rfind(text)
-    ends = np.cumsum([len(p) for p in pieces])
-    return None if start < 0 else (ends > start) & (ends - [len(p) for p in pieces] < start + len(text))
-
 # %% ../../nbs/methods/23_honesty.ipynb #31241502
 def familiarity(
     policy: Any,                 # a `Policy`
@@ -146,7 +138,7 @@ def familiarity(
     encoder, made = Encoder(policy.tokenizer, policy.max_length, truncation="left"), []
     for number, row in enumerate(rows, 1):
         ids = encoder.prompt(carrier.format(name=row.get(name)) if carrier else row["prompt"], answer=1)
-        mask = _span(policy.tokenizer, ids, str(row[name])) if row.get(name) else None
+        mask = text_span(policy.tokenizer, ids, str(row[name])) if row.get(name) else None
         if mask is None:
             raise DataError("the question does not hold the name", row=number, field=name, found=row.get(name),
                             wanted="a part of the prompt")
