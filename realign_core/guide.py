@@ -287,7 +287,8 @@ MAXIMUM = Ask("memory", {
                 "(002 §5 D)"))})})})
 
 # %% ../nbs/start/01_choose.ipynb #98ea0015
-LAST = "It comes last (000 order: SFT, preferences, reinforcement, calibration, anti-hallucination): later training undoes it."
+LAST = ("It comes last (000 order: SFT, preferences, reinforcement, calibration, anti-hallucination). What each stage takes from "
+        "the others is measured in workflows/04_order: it says to calibrate once more at the end.")
 CONTRAST = Want("unrefuse", "refusal is one direction in the model: found from contrasting prompts, taken out of the weights",
                 "000 methods")
 STEER = Want("steer", "a direction is added while the model runs, and nothing is left when it stops", "000 methods")
