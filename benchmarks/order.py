@@ -75,9 +75,11 @@ def together(runs: list[dict]) -> dict:
 
 
 def plain(value):
-    "Intervals as dictionaries."
+    "Intervals as dictionaries, numbers with as many digits as they can have."
     if isinstance(value, Interval):
-        return asdict(value)
+        return plain(asdict(value))
+    if isinstance(value, float):
+        return round(value, 5)
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     return [plain(v) for v in value] if isinstance(value, list) else value

@@ -221,7 +221,7 @@ RECORD = json.loads((ROOT / "benchmarks" / "order.json").read_text())
 @pytest.mark.parametrize("backend", RECORD)
 def test_the_record_holds_every_stage_of_both_orders(backend):
     record = RECORD[backend]
-    assert {"hardware", "date", "framework"} <= set(record) and len(record["each seed"]) == len(record["seeds"]) == 3
+    assert {"hardware", "date", "framework"} <= set(record) and list(record["each seed"]) == [str(s) for s in record["seeds"]]
     for found in (record["all seeds"], *record["each seed"].values()):
         for name, stages in (("recommended", order.ORDER), ("changed", order.CHANGED)):
             assert [line["stage"] for line in found["lines"][name]] == ["start", *stages]
