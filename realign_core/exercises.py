@@ -108,6 +108,7 @@ def attempt(
     *tries: tuple,                # the arguments of each call to compare
     hint: str,                    # where to look, or what was probably overlooked
     tolerance: float = 1e-6,
+    seen: Callable | None = None,  # what of an answer is compared, where many answers are right; None: all of it
 ) -> Callable:                    # `yours` when it is right, `solution` while there is nothing to check
     "Compare a reader's function with the solution; raises `WrongAnswer`, which says what is wrong, and keeps a right one."
     found = []
@@ -115,11 +116,13 @@ def attempt(
         called = f"{exercise}: {yours.__name__}({', '.join(map(_short, arguments))})"
         try:
             found.append(yours(*arguments))
+            if found[0] is None:
+                return solution
+            shown = seen(found[-1]) if seen else found[-1]
         except Exception as error:
             raise WrongAnswer(f"{called} stopped with {type(error).__name__}: {error}. Hint: {hint}") from error
-        if found[0] is None:
-            return solution
-        if told := difference(found[-1], solution(*arguments), tolerance):
+        wanted = solution(*arguments)
+        if told := difference(shown, seen(wanted) if seen else wanted, tolerance):
             raise WrongAnswer(f"{called}: {told}. Hint: {hint}")
     _remember(exercise)
     return yours

@@ -852,7 +852,7 @@ function start(T, root) {
 """
 _STYLE = """.realign-guide { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; color: inherit }
 .realign-guide label { display: grid; grid-template-columns: 28rem minmax(0, 1fr); gap: 1rem; margin: .3rem 0 }
-.realign-guide select { font: inherit; width: 100% } .realign-guide li { overflow-wrap: anywhere }
+.realign-guide select { font: inherit; width: 100%; align-self: start } .realign-guide li { overflow-wrap: anywhere }
 .realign-guide pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid #8886; padding-left: .7em }
 @media (max-width: 45rem) { .realign-guide label { grid-template-columns: minmax(0, 1fr); gap: 0 } }"""
 

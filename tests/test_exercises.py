@@ -55,6 +55,17 @@ def test_a_wrong_answer_names_the_exercise_the_call_and_a_hint(tmp_path, monkeyp
     assert shown[0].startswith("WrongAnswer: page 1") and "nbs/engine/18_exercises.ipynb" in shown[1]
 
 
+def test_where_many_answers_are_right_what_is_seen_of_them_is_compared(tmp_path, monkeypatch):
+    monkeypatch.setenv("REALIGN_RUNS", str(tmp_path))
+    assert attempt("page 1", lambda: None, lambda: "abc", (), hint="three", seen=len)() == "abc"   # a stub is not looked at
+    with pytest.raises(errors.WrongAnswer, match="4 was returned; 3 was wanted. Hint: three"):
+        attempt("page 1", lambda: "four", lambda: "abc", (), hint="three", seen=len)
+    with pytest.raises(errors.WrongAnswer, match="stopped with TypeError"):
+        attempt("page 1", lambda: 4, lambda: "abc", (), hint="three", seen=len)
+    assert solved() == {}
+    assert attempt("page 1", lambda: "xyz", lambda: "abc", (), hint="three", seen=len)() == "xyz" and list(solved()) == ["page 1"]
+
+
 def test_an_answer_that_stops_says_where(tmp_path, monkeypatch):
     monkeypatch.setenv("REALIGN_RUNS", str(tmp_path))
     with pytest.raises(errors.WrongAnswer, match="stopped with ZeroDivisionError: .* Hint: twice"):

@@ -176,6 +176,7 @@ def results_page(root: Path) -> str:
     kept = {"full": "Every page in full, on both frameworks (`make full`).", "seeds": "The same pages on other seeds."}
     for name, said in kept.items():
         table = (root / "results" / f"{name}.md").read_text(encoding="utf-8")
+        table = re.sub(r"\[[-+\d., ]+\]|n = \d+", lambda m: m[0].replace(" ", "\u00a0"), table)  # an interval stays on one line
         parts.append(f"## {name.capitalize()}\n\n{said}\n\n" + re.sub(r"^#+ .*\n", "", table, count=1).strip() + "\n")
     return "\n".join(parts)
 
