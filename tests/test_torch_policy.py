@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -213,3 +215,13 @@ def test_what_hangs_on_a_module_is_heeded_while_writing(snapshot):
     for other in (open_policy(snapshot("llama"), lora=LoRA(rank=2, dora=True)), open_policy(snapshot("gemma"))):
         with module.merged(other._layers):
             assert not module.Blocks.fit(other.model, module.prefill(other.model, [[1, 30]])[0])
+
+
+def test_a_module_that_stands_in_is_the_real_one_when_it_is_needed():
+    "Loading a policy leaves SciPy's optimisers out; whoever calls one gets it."
+    pytest.importorskip("scipy")
+    code = ("import sys; from realign_core import load; load('tinyworld-instruct', 'torch')\n"
+            "from transformers.loss.loss_for_object_detection import linear_sum_assignment as f\n"
+            "assert 'scipy.optimize' not in sys.modules; print(f([[2, 1], [1, 3]])[1].tolist(), 'scipy.optimize' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split("\n")[-2] == "[1, 0] True", done.stderr[-500:]

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
 import math
+import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -66,6 +68,7 @@ def _load_model(folder: Path, config: dict, dtype: str | None, reward: bool = Fa
         _use_tanh_gelu(model)
     if mx.default_device().type == mx.cpu:
         _use_fast_exponentials(model)
+        _keep_memory()
     model.eval()
     return model
 
@@ -152,6 +155,14 @@ def _use_fast_exponentials(model: nn.Module) -> None:
     for name, function in (("swiglu", _swiglu), ("scaled_dot_product_attention", _attention)):
         if hasattr(module, name):
             setattr(module, name, function)
+
+# %% ../../nbs/engine/04_mlx.ipynb #cdf121c8
+def _keep_memory() -> None:
+    "Let the GNU C library keep the memory that large arrays leave, in this process."
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no array gets a mapping of its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing goes back
 
 # %% ../../nbs/engine/04_mlx.ipynb #62cc80f4
 def _sliding_window(config: dict) -> int | None:

@@ -36,7 +36,7 @@ from realign_core.engine.policy import (
 # %% auto #0
 __all__ = ['ROOM', 'PLAIN', 'pick_device', 'own_random', 'later', 'load_model', 'target_states', 'Head', 'target_logps',
            'frozen_head_logps', 'scatter', 'Reading', 'attend', 'shared_states', 'choose', 'nucleus', 'prefill',
-           'append', 'select', 'seen', 'merged', 'whole', 'turned', 'normed', 'Blocks', 'Modules', 'decode',
+           'append', 'select', 'seen', 'merged', 'matrix_of', 'turned', 'normed', 'Blocks', 'Modules', 'decode',
            'adapted_layers', 'add_adapters', 'layer_parameters', 'write_layer', 'residual_stream', 'attached',
            'Optimizer', 'check_scores', 'TorchPolicy', 'TorchReward', 'TorchValue']
 
@@ -388,7 +388,7 @@ def merged(
 PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # families whose blocks are the plain ones
 
 
-def whole(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+def matrix_of(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     "Weight (out, in) and bias of a linear layer, or of one that `merged` has put together with its adapter; None for others."
     if "forward" in vars(layer):
         return layer.forward.keywords["weight"], layer.forward.keywords["bias"]
@@ -421,11 +421,12 @@ class Blocks:
     @staticmethod
     def _layer(attention: nn.Module, mlp: nn.Module, block: nn.Module) -> SimpleNamespace:
         "What one layer needs, found once."
-        read, heads = [whole(x) for x in (attention.q_proj, attention.k_proj, attention.v_proj)], attention.head_dim
+        read, heads = [matrix_of(x) for x in (attention.q_proj, attention.k_proj, attention.v_proj)], attention.head_dim
         return SimpleNamespace(
             read=read, heads=read[0][0].shape[0] // heads, scaling=attention.scaling, norm=block.input_layernorm,
-            each=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None, out=whole(attention.o_proj),
-            second=block.post_attention_layernorm, gate=whole(mlp.gate_proj), up=whole(mlp.up_proj), down=whole(mlp.down_proj))
+            each=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None, out=matrix_of(attention.o_proj),
+            second=block.post_attention_layernorm, gate=matrix_of(mlp.gate_proj), up=matrix_of(mlp.up_proj),
+            down=matrix_of(mlp.down_proj))
 
     @staticmethod
     def fit(model: nn.Module, cache: Any) -> bool:
@@ -436,7 +437,7 @@ class Blocks:
                 and model.device.type == "cpu" and model.dtype == torch.float32
                 and all(type(layer) is DynamicLayer for layer in cache.layers)
                 and not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
-                and all(whole(m) for m in modules if isinstance(m, nn.Linear) or hasattr(m, "lora_A")))
+                and all(matrix_of(m) for m in modules if isinstance(m, nn.Linear) or hasattr(m, "lora_A")))
 
     def select(self, rows: torch.Tensor) -> None: # (kept,) indices
         "Drop the other rows."
