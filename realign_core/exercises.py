@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .engine.checkpoints import write_json
+from .engine.checkpoints import open_folder, write_json
 from .errors import DataError, OutputError, WrongAnswer
 from .notebook import Rows, runs_root
 
@@ -153,6 +153,7 @@ def _remember(exercise: str) -> None:
     try:
         known = solved()
         if exercise not in known:
+            open_folder(progress_file().parent)  # a fresh checkout has none
             write_json(progress_file(), {**known, exercise: time.strftime("%Y-%m-%d")})
     except (OutputError, DataError):
         pass

@@ -88,6 +88,12 @@ def test_a_right_answer_is_remembered_once(tmp_path, monkeypatch):
     assert list(solved()) == ["page 1", "page 2"] and progress_file().read_bytes() != first
 
 
+def test_a_right_answer_is_remembered_where_there_are_no_runs_yet(tmp_path, monkeypatch):
+    monkeypatch.setenv("REALIGN_RUNS", str(tmp_path / "fresh" / "runs"))
+    attempt("page 1", abs, abs, (-1.0,), hint="none")
+    assert list(solved()) == ["page 1"]
+
+
 def test_a_right_answer_counts_where_nothing_can_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("REALIGN_RUNS", str(tmp_path / "file"))

@@ -61,6 +61,7 @@ def test_it_appears_everywhere(checkout):
 
 
 def test_it_is_in_the_sidebar(checkout, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     spec = importlib.util.spec_from_file_location("site_tool", ROOT / "tools" / "site.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
